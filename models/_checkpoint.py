@@ -1,0 +1,149 @@
+"""A checkpoint folder: what passes between training and serving.
+
+    model.json             Spec, family config, image space, and what training tells of itself (data, recipe, revision, metrics);
+                           sha256 of every other file
+    weights.safetensors    every tensor that sampling and scoring need
+    ...                    calibration.safetensors, samples.png, README.md, as training adds them
+
+No pickle anywhere. A folder whose hashes, shapes or dtypes do not match is refused with a `CheckpointError` that names the file
+and what differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as format_tensors
+
+import models
+from models._protocol import ImageSpace, Model
+
+FORMAT = 1
+ABOUT = "model.json"
+WEIGHTS = "weights.safetensors"
+
+
+class CheckpointError(Exception):
+    """A checkpoint folder that cannot be used: the message names the file and what differs."""
+
+
+def save(folder: Path, model: Model, config: Any, about: Mapping[str, Any]) -> None:
+    """Write a checkpoint folder, replacing weights and model.json if they are there. Each file appears whole or not at all, and
+    model.json last, so that a reader never accepts half a checkpoint.
+
+    config: the family's Config that the model was built from. about: JSON for data, recipe, revision, metrics, ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Parametrisations share tensors with nothing, but a view would: safetensors wants each tensor contiguous and apart.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    write_file(folder / WEIGHTS, format_tensors(tensors))
+    _write_about(
+        folder,
+        {
+            "format": FORMAT,
+            "family": model.spec.family,
+            "config": dataclasses.asdict(config),
+            "space": dataclasses.asdict(model.spec.image),
+            "spec": model.spec.to_json(),
+            **about,
+        },
+    )
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> Model:
+    """The model of a checkpoint folder, on `device`, in eval mode, frozen. Raises `CheckpointError`."""
+    about = read_about(folder)
+    content = _read_checked(folder, WEIGHTS, about)
+    try:
+        tensors = parse_tensors(content)
+    except SafetensorError as e:
+        raise CheckpointError(f"{WEIGHTS}: not a safetensors file: {e}") from e
+    try:
+        family = models.family(about["family"])
+        space = ImageSpace(**_tuples(about["space"]))
+        model: Model = family.Model(family.Config(**_tuples(about["config"])), space)
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{ABOUT}: does not describe a model of this version: {e}") from e
+    _check_tensors(dict(model.state_dict()), tensors)
+    model.load_state_dict(tensors)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """model.json, parsed. Raises `CheckpointError`."""
+    path = folder / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{ABOUT}: missing in {folder.name}") from e
+    except ValueError as e:
+        raise CheckpointError(f"{ABOUT}: not JSON: {e}") from e
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else type(about).__name__
+        raise CheckpointError(f"{ABOUT}: format {found!r}; this version reads format {FORMAT}")
+    return about
+
+
+def update(folder: Path, about: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
+    """Add or replace top-level entries of model.json, and files of the folder, after training (metrics, card, calibration)."""
+    merged = {**read_about(folder), **about}
+    for name, content in (files or {}).items():
+        write_file(folder / name, content)
+    _write_about(folder, merged)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.write_bytes(content)
+    scratch.replace(path)
+
+
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    others = sorted(p for p in folder.iterdir() if p.is_file() and p.name != ABOUT and not p.name.startswith("."))
+    about["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in others}
+    write_file(folder / ABOUT, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _read_checked(folder: Path, name: str, about: Mapping[str, Any]) -> bytes:
+    expected = about.get("files", {}).get(name)
+    if expected is None:
+        raise CheckpointError(f"{ABOUT}: lists no sha256 of {name}")
+    try:
+        content = (folder / name).read_bytes()
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{name}: missing in {folder.name}") from e
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise CheckpointError(f"{name}: sha256 is {found[:12]}…, {ABOUT} says {expected[:12]}…")
+    return content
+
+
+def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(f"{WEIGHTS}: missing {missing[:3]}, unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape or tensor.dtype != found[name].dtype:
+            raise CheckpointError(
+                f"{WEIGHTS}: {name} is {tuple(found[name].shape)} {found[name].dtype}, "
+                f"its config makes it {tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
+def _tuples(value: Any) -> Any:
+    """JSON lists back to the tuples that frozen configs hold."""
+    if isinstance(value, list):
+        return tuple(_tuples(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return value

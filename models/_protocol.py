@@ -1,0 +1,360 @@
+"""The one protocol: all that training, the engine and the tests know about a model.
+
+    Draw        what one image of a request asks for          Rows      a batch of independent chains, one per row
+    Sampler     init(draws) -> Rows, step(rows) -> Rows, image(rows)
+    Density     score_init(x, labels) -> Rows, score_step(rows) -> Rows, score(rows) -> Score
+    Trainable   prepare(batches), groups(), objective(batch) -> yields (group, loss)
+    Spec        frozen and JSON: what the model is and what a request may set
+
+Conventions, for every family:
+
+    x           (B, C, H, W) float32 in [0, 1]; where a likelihood is meant, on the 8-bit grid k / 255
+    labels      (B,) int64 class indices; `UNLABELLED` (-1) asks for the model without a label
+    log_prob    (B,) float32, nats of the whole 8-bit image: never positive when exact or a bound
+    seed        (B,) int64, the bits of an unsigned 64-bit number
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+UNLABELLED = -1
+
+JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+LikelihoodKind: TypeAlias = Literal["exact", "bound", "estimate", "unnormalised"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- spec
+
+
+@dataclass(frozen=True)
+class ImageSpace:
+    """What the model's images are: their shape, and the labels or captions that they come with."""
+
+    width: int
+    height: int
+    channels: int
+    labels: tuple[str, ...] = ()  # class names in index order; empty: no labels
+    captions: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return self.channels, self.height, self.width
+
+    @property
+    def dims(self) -> int:
+        """D = C·H·W, the number that bits/dim divides by."""
+        return self.channels * self.height * self.width
+
+    @property
+    def classes(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many steps a sample takes, and what a step is."""
+
+    unit: Literal["pass", "denoising step", "pixel", "token", "Gibbs sweep", "Langevin step"]
+    min: int = 1
+    default: int = 1
+    max: int = 1
+    network_evaluations_per_step: int = 1
+
+    @property
+    def kind(self) -> Literal["one-step", "iterative"]:
+        return "one-step" if self.max == 1 else "iterative"
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number that a request may set."""
+
+    min: float
+    default: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What the number that `/score` returns is."""
+
+    kind: LikelihoodKind
+    dequantisation: str  # "none", "uniform K=1", ...: how the 8-bit grid was treated
+    note: str = ""  # e.g. the S of an importance-weighted bound
+    steps: int = 1  # ticks that one image's score takes
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model is and what a request may set: the family's half of `GET /models`."""
+
+    family: str
+    image: ImageSpace
+    steps: Steps
+    solvers: tuple[str, ...] = ()  # the first is the default; empty: a request cannot choose
+    likelihood: Likelihood | None = None
+    guidance_scale: Range | None = None
+    temperature: Range | None = None
+    prediction: Literal["epsilon", "x0", "v"] | None = None  # what a diffusion network predicts
+
+    def accepts(self) -> dict[str, JSON]:
+        """Field of a generate request -> JSON schema of what this model takes there. Other fields are refused."""
+        fields: dict[str, JSON] = {
+            "steps": _integer(self.steps.min, self.steps.max, self.steps.default, self.steps.unit),
+        }
+        if self.solvers:
+            fields["solver"] = {"enum": list(self.solvers), "default": self.solvers[0]}
+        if self.image.labels:
+            indices = {"type": "integer", "minimum": 0, "maximum": self.image.classes - 1}
+            fields["label"] = {"anyOf": [indices, {"enum": list(self.image.labels)}]}
+        if self.image.captions:
+            fields["prompt"] = {"type": "string", "minLength": 1, "maxLength": 1000}
+        for name in ("guidance_scale", "temperature"):
+            allowed: Range | None = getattr(self, name)
+            if allowed is not None:
+                fields[name] = {"type": "number", "minimum": allowed.min, "maximum": allowed.max, "default": allowed.default}
+        return fields
+
+    def to_json(self) -> dict[str, JSON]:
+        """The Spec as `model.json` and `GET /models` show it."""
+        conditioning: JSON = None
+        if self.image.labels:
+            conditioning = {"labels": list(self.image.labels)}
+        elif self.image.captions:
+            conditioning = {"captions": True}
+        likelihood: JSON = None
+        if self.likelihood is not None:
+            likelihood = {
+                "kind": self.likelihood.kind,
+                "dequantisation": self.likelihood.dequantisation,
+                "note": self.likelihood.note,
+                "steps": self.likelihood.steps,
+            }
+        return {
+            "family": self.family,
+            "image": {"width": self.image.width, "height": self.image.height, "channels": self.image.channels},
+            "steps": {
+                "kind": self.steps.kind,
+                "unit": self.steps.unit,
+                "min": self.steps.min,
+                "default": self.steps.default,
+                "max": self.steps.max,
+                "network_evaluations_per_step": self.steps.network_evaluations_per_step,
+            },
+            "solvers": list(self.solvers),
+            "likelihood": likelihood,
+            "conditioning": conditioning,
+            "prediction": self.prediction,
+            "accepts": self.accepts(),
+        }
+
+
+def _integer(low: int, high: int, default: int, unit: str) -> JSON:
+    return {"type": "integer", "minimum": low, "maximum": high, "default": default, "description": unit}
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one image of a request asks for: one row. The image is a pure function of (weights, Draw)."""
+
+    seed: int  # unsigned, 64 bits
+    sample: int  # index of the image in its request
+    steps: int
+    solver: str | None = None
+    label: int = UNLABELLED
+    prompt: str | None = None
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+
+
+@dataclass
+class Rows:
+    """A batch of independent chains: a dataclass of tensors whose dim 0 is the row (`models._rows` joins and splits any).
+
+    Families add their columns (x, solver coefficients, caches, ...): tensors, nested Rows, or tuples of them. Rows of one batch
+    may differ in every column: nothing about a request is ever kept on the model.
+
+    tick    (B,) int64: steps taken.
+    left    (B,) int64: steps still to take, 0 = finished. `step` lowers it by one. Where the number of steps is not known
+            beforehand (adaptive solvers) it is a lower bound that stays at 1 until the row is done.
+    """
+
+    tick: Tensor
+    left: Tensor
+
+
+class Sampler(abc.ABC):
+    """Draws images by taking every row one step at a time. Read-only after load: all memory is in the Rows."""
+
+    @abc.abstractmethod
+    def init(self, draws: Sequence[Draw]) -> Rows:
+        """Rows at tick 0, on the model's device. Values outside the Spec are the caller's error: they are checked before."""
+
+    @abc.abstractmethod
+    def step(self, rows: Any) -> Rows:
+        """Advance every row by one step. May write into `rows`, which the caller gives away. Never given a finished row."""
+
+    @abc.abstractmethod
+    def image(self, rows: Any) -> Tensor:
+        """(B, C, H, W) in [0, 1]: the finished image where left is 0, else a preview. Valid at any tick; changes nothing."""
+
+
+# -------------------------------------------------------------------------------------------------------------- density
+
+
+@dataclass
+class Score:
+    """What a Density says of a batch of images."""
+
+    log_prob: Tensor | None  # (B,) nats of the 8-bit image; None where there is only an energy
+    energy: Tensor | None = None  # (B,), for `unnormalised`
+    stderr: Tensor | None = None  # (B,) nats, of an estimate
+    per_pixel: Tensor | None = None  # (B, H, W) nats, summed over channels, where log_prob is a sum over pixels
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # name -> (B,)
+
+
+class Density(abc.ABC):
+    """Says how likely images are. Scoring goes step by step like sampling, so that a bound of a thousand network
+    evaluations shares the device with everything else; most families need one step (`OnePassDensity`).
+
+    Deterministic: any noise is a function of the image's own bytes. Computed in float32 at least.
+    """
+
+    @abc.abstractmethod
+    def score_init(self, x: Tensor, labels: Tensor) -> Rows:
+        """Rows at tick 0 for images x (B, C, H, W) on the grid k / 255 and labels (B,), -1 where there is none."""
+
+    @abc.abstractmethod
+    def score_step(self, rows: Any) -> Rows:
+        """Advance every row by one step."""
+
+    @abc.abstractmethod
+    def score(self, rows: Any) -> Score:
+        """The result for rows whose left is 0."""
+
+    def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Score:
+        """All steps at once, for training and evaluation."""
+        rows = self.score_init(x, unlabelled(x) if labels is None else labels)
+        while int(rows.left.max()) > 0:
+            rows = self.score_step(rows)
+        return self.score(rows)
+
+
+@dataclass
+class PassRows(Rows):
+    """Rows of a score that takes one pass."""
+
+    x: Tensor  # (B, C, H, W)
+    labels: Tensor  # (B,)
+    result: Tensor  # (B, 1 + K): log_prob or energy, then K statistics
+    per_pixel: Tensor  # (B, H, W); (B, 0, 0) where the family has none
+
+
+class OnePassDensity(Density):
+    """A Density whose score is one forward pass: a family writes `evaluate` alone."""
+
+    statistic_names: tuple[str, ...] = ()
+    normalised = True  # False: the number is an energy, not a log-probability
+    has_pixel_terms = False
+
+    @abc.abstractmethod
+    def evaluate(self, x: Tensor, labels: Tensor) -> Score:
+        """Scores x (B, C, H, W) given labels (B,). Differentiable in x where the family allows it.
+
+        `statistics` has exactly the names in `statistic_names`.
+        """
+
+    def score_init(self, x: Tensor, labels: Tensor) -> PassRows:
+        b, _, h, w = x.shape
+        return PassRows(
+            tick=torch.zeros(b, dtype=torch.int64, device=x.device),
+            left=torch.ones(b, dtype=torch.int64, device=x.device),
+            x=x,
+            labels=labels,
+            result=x.new_full((b, 1 + len(self.statistic_names)), math.nan),
+            per_pixel=x.new_zeros((b, h, w) if self.has_pixel_terms else (b, 0, 0)),
+        )
+
+    def score_step(self, rows: PassRows) -> PassRows:
+        s = self.evaluate(rows.x, rows.labels)
+        value = s.log_prob if self.normalised else s.energy
+        assert value is not None, "evaluate returns log_prob when normalised, else energy"
+        rows.result = torch.stack([value, *(s.statistics[name] for name in self.statistic_names)], dim=1)
+        if s.per_pixel is not None:
+            rows.per_pixel = s.per_pixel
+        rows.tick, rows.left = rows.tick + 1, rows.left - 1
+        return rows
+
+    def score(self, rows: PassRows) -> Score:
+        value, *statistics = rows.result.unbind(dim=1)
+        return Score(
+            log_prob=value if self.normalised else None,
+            energy=None if self.normalised else value,
+            per_pixel=rows.per_pixel if self.has_pixel_terms else None,
+            statistics=dict(zip(self.statistic_names, statistics, strict=True)),
+        )
+
+
+def unlabelled(x: Tensor) -> Tensor:
+    """(B,) labels that ask for the model without a label."""
+    return torch.full((x.shape[0],), UNLABELLED, dtype=torch.int64, device=x.device)
+
+
+def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
+    """Nats of an 8-bit image -> bits per dimension, for D = dims = C·H·W."""
+    return -log_prob / (dims * math.log(2))
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Batch:
+    """A batch of training data, and where training stands."""
+
+    x: Tensor  # (B, C, H, W) float32 on the grid k / 255
+    labels: Tensor  # (B,) int64; -1 where the data has none
+    captions: tuple[str, ...] = ()
+    step: int = 0  # optimisation steps taken so far
+    steps: int = 1  # the run's total: schedules and stages follow step / steps
+
+
+class Trainable(abc.ABC):
+    """The objective sits beside the model; the loop keeps what is not the paper (optimiser, EMA, clipping, precision)."""
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """Called once before the first step with one pass over the training data: data-dependent initialisation, or all of the
+        learning where maximum likelihood is closed. Draw only as many batches as needed."""
+        return
+
+    @abc.abstractmethod
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameter groups by name; each has an optimiser of its own."""
+
+    @abc.abstractmethod
+    def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
+        """Yields (group, loss, metrics). The loop takes one optimiser step on the group before it asks for the next, so a
+        generator's loss is computed after the critic's update. Randomness is torch's global generator. `metrics` are scalars
+        to log, by name; the loop reads them now and then only."""
+
+
+class Model(nn.Module, Sampler, Trainable):
+    """What every family's class is. A Density too, exactly where its Spec has a likelihood."""
+
+    spec: Spec
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.state_dict().values())).device

@@ -1,0 +1,1 @@
+"""The offline half: data, one training loop, recipes, evaluation. Writes checkpoints."""

@@ -1,0 +1,117 @@
+"""python -m training list | run RECIPE | evaluate CHECKPOINT"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from models import _checkpoint
+from training import data
+from training.config import Run
+from training.recipes import recipes
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train, and measure what was trained.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the recipes")
+    run = commands.add_parser("run", help="train by a recipe, or take up where it was interrupted")
+    run.add_argument("recipe", metavar="RECIPE")
+    run.add_argument("--out", type=Path, help="checkpoint folder (default: runs/RECIPE)")
+    run.add_argument("--data-dir", type=Path, help="folder that holds the data set (default: $DRAWWELL_DATA, else downloaded)")
+    run.add_argument("--steps", type=int, help="train for another number of steps than the recipe says")
+    run.add_argument("--accelerator", default="auto", help="cpu, cuda or auto")
+    run.add_argument("--devices", type=int, default=1, help="devices (or processes on the CPU) to share each batch")
+    run.add_argument("--threads", type=int, help="CPU threads a process may use (default: torch's own choice)")
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint; write its metrics, samples and card")
+    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    evaluate.add_argument("--data-dir", type=Path, help="as for run")
+    args = parser.parse_args(argv)
+    console = Console()
+    try:
+        if args.command == "list":
+            _list(console)
+        elif args.command == "run":
+            _run(args, console)
+        else:
+            from training.evaluate import evaluate as measure
+
+            measure(args.checkpoint, data_dir=args.data_dir, console=console)
+    except (ValueError, FileNotFoundError, _checkpoint.CheckpointError) as e:
+        console.print(f"[red]{e}[/red]", highlight=False)
+        return 2
+    return 0
+
+
+def _list(console: Console) -> None:
+    table = Table("recipe", "family", "steps", "batch", "what")
+    for name, make in sorted(recipes().items()):
+        run = make()
+        table.add_row(name, run.family, str(run.steps), str(run.batch_size), (make.__doc__ or "").strip().split("\n")[0])
+    console.print(table)
+
+
+def _run(args: argparse.Namespace, console: Console) -> None:
+    import torch
+    from lightning_fabric import Fabric
+
+    from training.loop import Diverged, train
+    from training.progress import Progress
+
+    known = recipes()
+    if args.recipe not in known:
+        raise ValueError(f"recipe: no recipe {args.recipe!r}; there are {', '.join(sorted(known))}")
+    recipe = known[args.recipe]()
+    if args.steps is not None:
+        recipe = dataclasses.replace(recipe, steps=args.steps)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    out: Path = args.out or Path("runs") / args.recipe
+    dataset = data.load(recipe.data, args.data_dir)
+    fabric = Fabric(
+        accelerator=args.accelerator,
+        devices=args.devices,
+        strategy="ddp" if args.devices > 1 else "auto",
+        precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    events = out / "events"
+    progress = Progress(events, console, quiet=not fabric.is_global_zero)
+    try:
+        model = train(recipe, dataset, out, fabric, progress)
+    except Diverged as e:
+        raise ValueError(str(e)) from e
+    if fabric.is_global_zero:
+        _checkpoint.save(out, model, recipe.config, _about(args.recipe, recipe, dataset))
+        console.print(f"checkpoint in {out}; measure it with: python -m training evaluate {out}", highlight=False)
+
+
+def _about(name: str, run: Run, dataset: data.Dataset) -> dict[str, Any]:
+    return {
+        "data": {**dataset.description, "name": dataset.name, "sha256": dataset.digest},
+        "recipe": {"name": name, **run.to_json()},
+        "revision": _revision(),
+        "metrics": {},
+    }
+
+
+def _revision() -> str | None:
+    """The git revision that trained, with "+" where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty.strip() else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

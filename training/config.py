@@ -1,0 +1,47 @@
+"""What a recipe returns: model config, data and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """torch.optim.AdamW's settings for one parameter group."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, complete: the same Run on the same machine gives the same weights."""
+
+    family: str  # a module of `models`
+    config: Any  # that family's Config
+    data: str  # a name that `training.data.load` knows
+    steps: int  # iterations of the objective
+    batch_size: int  # over all devices
+    optimisers: Mapping[str, AdamW] = field(default_factory=dict)  # by parameter group, the same names as `Model.groups()`
+    ema: float = 0.999  # decay of the exponential moving average of the weights, which is what is exported
+    clip: float | None = 1.0  # largest gradient norm of a group
+    warmup: int = 200  # steps of linear learning-rate warm-up
+    decay: Literal["cosine", "constant"] = "cosine"  # to zero at the last step
+    precision: Literal["bf16", "fp32"] = "bf16"  # autocast for the objective; weights and optimiser stay in float32
+    channels_last: bool = False  # memory format of the convolutions
+    seed: int = 0
+    checkpoint_every: int = 1000  # steps between resume states
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < (0 if name == "steps" else 1):
+                raise ValueError(f"{name}: {getattr(self, name)}; a run needs a positive number")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema: {self.ema} is not in [0, 1)")
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
