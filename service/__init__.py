@@ -1,0 +1,1 @@
+"""The online half: HTTP API, broker, scheduler, engine, workers. Reads checkpoints."""

@@ -1,0 +1,120 @@
+"""The port between the API and the workers. Implemented by `broker_local` (one machine, no Redis).
+
+A job goes one way and its events come back; what is in them (`payload`) is between routes and workers (`service.messages`).
+Delivery is at least once: a job whose worker died is given to another. A job's payload determines its answer, so a rerun tells
+the same again; receivers drop what they have already seen.
+
+    API side        Broker   submit, cancel, events, pool
+    worker side     Claims   announce, claim, cancellations, publish
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+Priority: TypeAlias = Literal["interactive", "batch"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit of work for one model."""
+
+    id: str
+    model: str
+    payload: bytes
+    rows: int  # chains (images) that it runs
+    units: int  # predicted work: rows × steps × network evaluations a step
+    priority: Priority = "interactive"
+    timeout: float | None = None  # seconds from submission; after that nobody waits for the answer
+    attempt: int = 1  # how many workers it has been given to
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a worker tells of a job. `final` ends the stream."""
+
+    payload: bytes
+    final: bool = False
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model in one worker's memory."""
+
+    status: Literal["ready", "loading", "failed"]
+    sha256: str = ""  # of model.json as it was loaded: tells versions apart
+    error: str | None = None  # why it failed, or, of a ready model, why a newer version was refused
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """What a worker last announced."""
+
+    name: str
+    device: str
+    ready: bool  # every model has been tried and those that work are warm
+    models: Mapping[str, ModelState] = field(default_factory=dict)
+
+
+class QueueFull(Exception):
+    """No room: `retry_after` is when there should be, in seconds, computed from the work queued and how fast it goes."""
+
+    def __init__(self, retry_after: float, queued: int, limit: int) -> None:
+        super().__init__(f"{queued} step-units are queued, of {limit} at most")
+        self.retry_after, self.queued, self.limit = retry_after, queued, limit
+
+
+class NoWorker(Exception):
+    """No worker is connected that could ever take the job."""
+
+
+class JobLost(Exception):
+    """The job ended without an answer: it killed every worker that it was given to."""
+
+
+class Broker(abc.ABC):
+    """The API's side."""
+
+    @abc.abstractmethod
+    async def submit(self, job: Job) -> None:
+        """Queue a job. Raises `QueueFull` or `NoWorker`."""
+
+    @abc.abstractmethod
+    async def cancel(self, job_id: str) -> None:
+        """Stop a job at its next step; its events end. Cancelling one that has ended, or that never was, does nothing."""
+
+    @abc.abstractmethod
+    def events(self, job_id: str) -> AsyncIterator[Event]:
+        """The job's events from its first on, until the final one. Raises `KeyError` for a job that is not known, `JobLost`
+        when it ended without an answer. A rerun may repeat events."""
+
+    @abc.abstractmethod
+    async def position(self, job_id: str) -> int:
+        """How many queued jobs will be given to workers before this one; 0 when it is next, or already with a worker."""
+
+    @abc.abstractmethod
+    async def pool(self) -> Sequence[WorkerState]:
+        """The workers that are connected."""
+
+
+class Claims(abc.ABC):
+    """A worker's side."""
+
+    @abc.abstractmethod
+    async def announce(self, state: WorkerState) -> None:
+        """Tell what this worker can do, now and whenever that changes."""
+
+    @abc.abstractmethod
+    async def claim(self, models: Sequence[str]) -> Job:
+        """Wait for a job for one of `models`, and take it."""
+
+    @abc.abstractmethod
+    def cancellations(self) -> AsyncIterator[str]:
+        """Ids of this worker's jobs that nobody wants any longer, as they come."""
+
+    @abc.abstractmethod
+    async def publish(self, job_id: str, events: Sequence[Event]) -> None:
+        """Tell events of a job, in order. After a final one the job is no longer this worker's."""

@@ -1,0 +1,126 @@
+"""What routes and workers say to each other inside jobs and events: dataclasses <-> msgpack bytes.
+
+Arrays travel as raw uint8: the API encodes PNGs, so that no worker spends its device's time on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels: TypeAlias = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw `n` images. Everything is resolved: label is an index, steps and solver are set."""
+
+    n: int
+    seed: int
+    steps: int
+    solver: str | None = None
+    label: int | None = None
+    prompt: str | None = None
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    preview_every: int | None = None  # steps between previews; None: no previews
+
+
+@dataclass(frozen=True)
+class ScoreImages:
+    """Score images (N, C, H, W); labels as indices, -1 for none."""
+
+    images: Pixels
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Started:
+    """The job's first row runs."""
+
+    queue_seconds: float  # from the job's arrival at the worker to its first step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The least advanced running image stands at `step` of `steps`."""
+
+    step: int
+    steps: int
+    eta_seconds: float | None = None
+    previews: tuple[Pixels, ...] = ()  # (C, H, W) each, by sample from 0 on; empty without preview
+
+
+@dataclass(frozen=True)
+class ImageDone:
+    sample: int
+    pixels: Pixels  # (C, H, W)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score of one image. Numbers in nats."""
+
+    index: int
+    log_prob: float | None
+    energy: float | None = None
+    stderr: float | None = None
+    statistics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """Final: everything was told. `network_evaluations` counts one per network call and row."""
+
+    queue_seconds: float
+    compute_seconds: float  # of the steps that this job's rows took part in
+    network_evaluations: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Final: no answer. `kind` is one of: row (a row raised or turned NaN), unknown-model, expired, cancelled, internal."""
+
+    kind: str
+    detail: str
+
+
+Message: TypeAlias = Generate | ScoreImages | Started | Progress | ImageDone | Scored | Completed | Failed
+
+_TYPES: dict[str, type[Any]] = {
+    t.__name__: t for t in (Generate, ScoreImages, Started, Progress, ImageDone, Scored, Completed, Failed)
+}
+
+
+def pack(message: Message) -> bytes:
+    """Message -> bytes."""
+    fields = {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
+    packed: bytes = msgpack.packb([type(message).__name__, fields], default=_array_out)
+    return packed
+
+
+def unpack(data: bytes) -> Message:
+    """Bytes -> message. Raises `ValueError` for bytes that are none."""
+    try:
+        name, fields = msgpack.unpackb(data, object_hook=_array_in, use_list=False, strict_map_key=False)
+        message: Message = _TYPES[name](**fields)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"message: not one of {', '.join(_TYPES)}: {e}") from e
+    return message
+
+
+def _array_out(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        return {"uint8": list(value.shape), "data": value.tobytes()}
+    raise TypeError(f"message: cannot send a {type(value).__name__}")
+
+
+def _array_in(value: dict[str, Any]) -> Any:
+    if value.keys() == {"uint8", "data"}:
+        return np.frombuffer(value["data"], np.uint8).reshape(value["uint8"])
+    return value
