@@ -16,23 +16,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from models._protocol import JSON, UNLABELLED, Batch, ImageSpace
+from models._protocol import JSON, UNLABELLED, ImageSpace
 from training import download, shapes
 from training.errors import DataError
 from training.idx import read_idx
 
-A = TypeVar("A", bound=np.generic)
 Images = NDArray[np.uint8]  # (N, C, H, W)
 Labels = NDArray[np.int64]  # (N,)
 
@@ -41,9 +38,9 @@ ENVIRONMENT = "DRAWWELL_DATA"  # names the folder that holds the data sets
 
 @dataclass(frozen=True)
 class Split:
-    """One part of a data set."""
+    """Rows of a data set: a part of it, or a batch."""
 
-    x: Images  # (N, C, H, W), read-only
+    x: Images  # (N, C, H, W)
     labels: Labels  # (N,); -1 where there is none
     captions: tuple[str, ...] = ()  # N of them, or none at all
 
@@ -51,58 +48,26 @@ class Split:
         return len(self.x)
 
     def take(self, index: NDArray[np.intp]) -> Split:
-        """The rows at `index`, in that order."""
+        """A copy of the rows at `index`, in that order."""
         captions = tuple(self.captions[i] for i in index) if self.captions else ()
-        return Split(_frozen(self.x[index]), _frozen(self.labels[index]), captions)
-
-    def tensor(self) -> torch.Tensor:
-        """(N, C, H, W) float32 on the grid k / 255."""
-        return torch.from_numpy(self.x.astype(np.float32)) / 255
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Disjoint parts, each with one purpose."""
-
-    train: Split  # the weights are learnt here
-    validation: Split  # chooses between checkpoints
-    fit: Split  # the density over anomaly statistics is fitted here
-    calibration: Split  # turns anomaly scores into p-values
-    test: Split  # reported, never chosen by
-
-    def items(self) -> Iterator[tuple[str, Split]]:
-        """(name, split), in the order above."""
-        return ((field.name, getattr(self, field.name)) for field in fields(self))
+        return Split(self.x[index], self.labels[index], captions)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images of one kind. `name` is what `load` was asked for."""
+    """Images of one kind, in five disjoint parts, each with one purpose:
 
-    name: str
+    train         the weights are learnt here
+    validation    chooses between checkpoints
+    fit           the density over anomaly statistics is fitted here
+    calibration   turns anomaly scores into p-values
+    test          reported, never chosen by
+    """
+
+    name: str  # what `load` was asked for
     space: ImageSpace
-    splits: Splits
+    splits: Mapping[str, Split]  # by the names above, in that order
     digest: str  # sha256 of every split's images, labels and captions
-
-    @property
-    def train(self) -> Split:
-        return self.splits.train
-
-    @property
-    def validation(self) -> Split:
-        return self.splits.validation
-
-    @property
-    def fit(self) -> Split:
-        return self.splits.fit
-
-    @property
-    def calibration(self) -> Split:
-        return self.splits.calibration
-
-    @property
-    def test(self) -> Split:
-        return self.splits.test
 
     @property
     def description(self) -> dict[str, JSON]:
@@ -110,7 +75,6 @@ class Dataset:
         return {
             "name": self.name,
             "sha256": self.digest,
-            "images": {"width": self.space.width, "height": self.space.height, "channels": self.space.channels},
             "splits": {name: len(split) for name, split in self.splits.items()},
         }
 
@@ -269,6 +233,8 @@ _BY_PATH: Mapping[str, Callable[[str, Path], Dataset]] = {"folder": _image_folde
 
 # --------------------------------------------------------------------------------------------------------------- splits
 
+SPLITS = ("train", "validation", "fit", "calibration", "test")
+
 # What is held out, as a share of the images and at most this many; of 60,000 images 55,000 are left to train on.
 _HELD_OUT = {"validation": (1 / 20, 1_000), "fit": (1 / 10, 2_000), "calibration": (1 / 10, 2_000)}
 _TEST = (1 / 6, 10_000)  # where the source has no test set of its own
@@ -289,7 +255,7 @@ def _assemble(name: str, pool: Split, test: Split | None = None, labels: tuple[s
     parts["train"] = pool.take(np.flatnonzero(rank >= start))
     if test is not None:
         parts["test"] = _canonical(test)[0]
-    splits = Splits(**parts)
+    splits = {part: parts[part] for part in SPLITS}
     _, channels, height, width = pool.x.shape
     space = ImageSpace(width, height, channels, labels, captions=bool(pool.captions))
     return Dataset(name, space, splits, _digest(splits))
@@ -297,14 +263,14 @@ def _assemble(name: str, pool: Split, test: Split | None = None, labels: tuple[s
 
 def _canonical(split: Split) -> tuple[Split, NDArray[np.intp]]:
     """The split in the order of its images' hashes, and for each image the rank of its hash among the distinct ones."""
-    x = np.ascontiguousarray(split.x)
-    keys = np.frombuffer(b"".join(hashlib.blake2b(image.data, digest_size=8).digest() for image in x), dtype=">u8")
+    hashes = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in split.x)
+    keys = np.frombuffer(b"".join(hashes), dtype=">u8")
     order = np.lexsort((split.labels, keys))  # labels decide between copies of one image
     _, rank = np.unique(keys[order], return_inverse=True)
     return split.take(order), rank.astype(np.intp)
 
 
-def _digest(splits: Splits) -> str:
+def _digest(splits: Mapping[str, Split]) -> str:
     sha = hashlib.sha256()
     for name, split in splits.items():
         sha.update(f"{name} {split.x.shape}\n".encode())
@@ -312,11 +278,6 @@ def _digest(splits: Splits) -> str:
         sha.update(split.labels.astype("<i8").tobytes())
         sha.update("\n".join(split.captions).encode())
     return sha.hexdigest()
-
-
-def _frozen(array: NDArray[A]) -> NDArray[A]:
-    array.setflags(write=False)
-    return array
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -351,24 +312,6 @@ def _permutation(size: int, seed: int, epoch: int) -> NDArray[np.intp]:
     return np.argsort(bits, kind="stable")
 
 
-def batch(
-    split: Split, batch_size: int, seed: int, step: int, *, steps: int = 1, rank: int = 0, world: int = 1
-) -> Batch:
-    """The batch of `step` out of `steps`; see `batch_indices`."""
-    rows = split.take(batch_indices(len(split), batch_size, seed, step, rank, world))
-    labels = torch.from_numpy(rows.labels.copy())
-    return Batch(x=rows.tensor(), labels=labels, captions=rows.captions, step=step, steps=steps)
-
-
-def batches(
-    split: Split, batch_size: int, seed: int, step: int = 0, *, steps: int, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
-    """The batches of `step`, `step + 1`, …, `steps − 1`."""
-    return (batch(split, batch_size, seed, s, steps=steps, rank=rank, world=world) for s in range(step, steps))
-
-
-def in_order(split: Split, batch_size: int) -> Iterator[Batch]:
-    """Every row once, in order; the last batch may be smaller. For evaluation and calibration."""
-    for start in range(0, len(split), batch_size):
-        rows = split.take(np.arange(start, min(start + batch_size, len(split))))
-        yield Batch(x=rows.tensor(), labels=torch.from_numpy(rows.labels.copy()), captions=rows.captions)
+def batches(split: Split, batch_size: int, seed: int, step: int, rank: int = 0, world: int = 1) -> Split:
+    """The rows of `split` that are in the batch of `step` (for process `rank`); see `batch_indices`."""
+    return split.take(batch_indices(len(split), batch_size, seed, step, rank, world))
