@@ -53,7 +53,6 @@ SOURCES = {
 }
 
 ATTEMPTS = 5  # per mirror
-_CHUNK = 1 << 16
 
 
 def cache_folder() -> Path:
@@ -128,7 +127,7 @@ def _continue(client: httpx.Client, url: str, part: Path) -> None:
         response.raise_for_status()
         resumed = response.status_code == httpx.codes.PARTIAL_CONTENT
         with part.open("ab" if resumed else "wb") as file:
-            for chunk in response.iter_raw(_CHUNK):
+            for chunk in response.iter_raw():  # as they come: collected into larger ones, a cut would lose the last
                 file.write(chunk)
 
 
