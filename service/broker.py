@@ -5,7 +5,7 @@ Delivery is at least once: a job whose worker died is given to another. A job's 
 the same again; receivers drop what they have already seen.
 
     API side        Broker   submit, cancel, events, pool
-    worker side     Claims   announce, claim, cancellations, publish
+    worker side     Claims   run, announce, claim, cancellations, publish
 """
 
 from __future__ import annotations
@@ -102,6 +102,10 @@ class Broker(abc.ABC):
 
 class Claims(abc.ABC):
     """A worker's side."""
+
+    @abc.abstractmethod
+    async def run(self) -> None:
+        """Keep the connection going; returns when the broker is gone."""
 
     @abc.abstractmethod
     async def announce(self, state: WorkerState) -> None:

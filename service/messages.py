@@ -48,12 +48,12 @@ class Started:
 
 @dataclass(frozen=True)
 class Progress:
-    """The least advanced running image stands at `step` of `steps`."""
+    """The images of the job stand at `step` of `steps`, in the mean and rounded down."""
 
     step: int
     steps: int
     eta_seconds: float | None = None
-    previews: tuple[Pixels, ...] = ()  # (C, H, W) each, by sample from 0 on; empty without preview
+    previews: tuple[Pixels | None, ...] = ()  # (C, H, W) by sample, None of one that has not begun; empty: no preview
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,283 @@
+"""The broker of one machine: queues in the API process, one socket to each worker process. No Redis, no configuration.
+
+Frames on a socket are a 4-byte big-endian length and a msgpack list:
+
+    worker -> API   ["announce", state]   ["claim", [model, ...]]   ["publish", job id, [[payload, final], ...]]
+    API -> worker   ["job", job]          ["cancel", job id]
+
+A claim stands until a job answers it or a newer claim replaces it. When a worker's socket closes, its jobs are queued again, at the front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from service.broker import Broker, Claims, Event, Job, JobLost, ModelState, NoWorker, QueueFull, WorkerState
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3  # workers that a job may take down with it
+FRAME_LIMIT = 256 * 2**20  # bytes
+
+
+@dataclass
+class _Record:
+    """A job and what was told of it."""
+
+    job: Job
+    worker: str | None = None  # who has it; None while it is queued
+    events: list[Event] = field(default_factory=list)
+    ended: bool = False
+    lost: str | None = None  # why it ended without an answer
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass
+class _Link:
+    """A connected worker."""
+
+    writer: asyncio.StreamWriter
+    state: WorkerState | None = None
+    wanted: tuple[str, ...] = ()  # the standing claim
+    jobs: dict[str, None] = field(default_factory=dict)
+
+
+class LocalBroker(Broker):
+    """See `Broker`. `queue_units` bounds the step-units of all jobs that have not ended.
+
+    keep: seconds that an ended job's events can still be read. grace: seconds without a ready worker for which jobs are queued all the same,
+    since a worker that died is being restarted.
+    """
+
+    def __init__(
+        self,
+        queue_units: int,
+        keep: float = 60.0,
+        grace: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limit, self._keep, self._grace, self._clock = queue_units, keep, grace, clock
+        self._records: dict[str, _Record] = {}
+        self._queues: dict[str, deque[str]] = {"interactive": deque(), "batch": deque()}
+        self._links: dict[str, _Link] = {}
+        self._units = 0
+        self._ready_at: float | None = None  # when a worker was last seen ready
+        self._rate = 0.0  # step-units per second of late, while there was work
+        self._rate_at = clock()
+        self._rate_units = 0
+
+    # ------------------------------------------------------------------------------------------------------------- API side
+
+    async def submit(self, job: Job) -> None:
+        if not self._anyone():
+            raise NoWorker("no worker is ready")
+        if self._units and self._units + job.units > self._limit:
+            raise QueueFull(self._retry_after(job.units), self._units, self._limit)
+        self._records[job.id] = _Record(job)
+        self._units += job.units
+        self._queues[job.priority].append(job.id)
+        self._dispatch()
+
+    async def cancel(self, job_id: str) -> None:
+        record = self._records.get(job_id)
+        if record is None or record.ended:
+            return
+        if record.worker is None:
+            self._queues[record.job.priority].remove(job_id)
+            self._end(record, lost="cancelled")
+        else:
+            _send(self._links[record.worker].writer, "cancel", job_id)
+
+    async def events(self, job_id: str) -> AsyncIterator[Event]:
+        record = self._records[job_id]
+        told = 0
+        while True:
+            while told < len(record.events):
+                told += 1
+                yield record.events[told - 1]
+            if record.ended:
+                if record.lost is not None:
+                    raise JobLost(record.lost)
+                return
+            record.news.clear()
+            await record.news.wait()
+
+    async def position(self, job_id: str) -> int:
+        record = self._records[job_id]
+        if record.worker is not None or record.ended:
+            return 0
+        lanes = ["interactive"] if record.job.priority == "interactive" else ["interactive", "batch"]
+        ahead = [j for lane in lanes for j in self._queues[lane]]
+        return ahead.index(job_id)
+
+    async def pool(self) -> Sequence[WorkerState]:
+        return [link.state for link in self._links.values() if link.state is not None]
+
+    # ---------------------------------------------------------------------------------------------------------- worker links
+
+    async def attach(self, name: str, end: socket.socket) -> None:
+        """Serve one worker over this end of a socket pair, until it closes."""
+        reader, writer = await asyncio.open_connection(sock=end)
+        link = self._links[name] = _Link(writer)
+        try:
+            async for kind, *rest in _frames(reader):
+                self._heard(name, link, kind, rest)
+        except ConnectionError as e:
+            log.info("worker %s: %s", name, e)
+        finally:
+            del self._links[name]
+            writer.close()
+            self._give_back(name, link)
+
+    def _heard(self, name: str, link: _Link, kind: str, rest: list[Any]) -> None:
+        if kind == "announce":
+            link.state = _state_in(rest[0])
+            self._fail_unservable()
+        elif kind == "claim":
+            link.wanted = tuple(rest[0])
+            self._dispatch()
+        elif kind == "publish":
+            job_id, events = rest
+            record = self._records.get(job_id)
+            if record is None or record.ended or record.worker != name:
+                return  # cancelled meanwhile, or no longer its job
+            record.events += [Event(payload, final) for payload, final in events]
+            if record.events[-1].final:
+                del link.jobs[job_id]
+                self._end(record)
+            record.news.set()
+
+    def _dispatch(self) -> None:
+        """Give queued jobs to the workers that wait for them, the least loaded first."""
+        for queue in self._queues.values():
+            for job_id in list(queue):
+                record = self._records[job_id]
+                takers = [(len(link.jobs), name) for name, link in self._links.items() if record.job.model in link.wanted]
+                if not takers:
+                    continue
+                name = min(takers)[1]
+                link = self._links[name]
+                queue.remove(job_id)
+                record.worker, link.wanted = name, ()
+                link.jobs[job_id] = None
+                _send(link.writer, "job", dataclasses.asdict(record.job))
+
+    def _give_back(self, name: str, link: _Link) -> None:
+        """A worker is gone: queue its jobs again, in their order, ahead of the others."""
+        for job_id in reversed(link.jobs):
+            record = self._records[job_id]
+            if record.job.attempt >= MAX_ATTEMPTS:
+                self._end(record, lost=f"{record.job.attempt} workers stopped while they worked on it")
+                continue
+            log.warning("worker %s stopped; job %s is queued again", name, job_id)
+            record.job, record.worker = dataclasses.replace(record.job, attempt=record.job.attempt + 1), None
+            self._queues[record.job.priority].appendleft(job_id)
+        self._dispatch()
+
+    def _fail_unservable(self) -> None:
+        """Queued jobs for a model that no worker serves any longer get an answer at once."""
+        states = [link.state for link in self._links.values()]
+        if not all(state is not None and state.ready for state in states):
+            return
+        served = {m for state in states if state for m, s in state.models.items() if s.status != "failed"}
+        for queue in self._queues.values():
+            for job_id in [j for j in queue if self._records[j].job.model not in served]:
+                queue.remove(job_id)
+                self._end(self._records[job_id], lost=f"no worker serves {self._records[job_id].job.model} any longer")
+
+    def _end(self, record: _Record, lost: str | None = None) -> None:
+        record.ended, record.lost = True, lost
+        record.news.set()
+        self._units -= record.job.units
+        self._rate_units += record.job.units
+        asyncio.get_running_loop().call_later(self._keep, self._records.pop, record.job.id, None)
+
+    def _anyone(self) -> bool:
+        now = self._clock()
+        if any(link.state is not None and link.state.ready for link in self._links.values()):
+            self._ready_at = now
+        return self._ready_at is not None and now - self._ready_at <= self._grace
+
+    def _retry_after(self, units: int) -> float:
+        """Seconds until the queue has room for so many units, at the rate of late; a second where none was measured yet."""
+        now = self._clock()
+        if now - self._rate_at > 1 and self._rate_units:
+            self._rate = self._rate_units / (now - self._rate_at)
+            self._rate_at, self._rate_units = now, 0
+        over = self._units + units - self._limit
+        return max(1.0, min(over / self._rate, 3600.0)) if self._rate > 0 else 1.0
+
+
+class LocalClaims(Claims):
+    """A worker's end of the socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._cancelled: asyncio.Queue[str] = asyncio.Queue()
+
+    @classmethod
+    async def connect(cls, fd: int) -> LocalClaims:
+        """Over a socket that the parent process passed on."""
+        return cls(*await asyncio.open_connection(sock=socket.socket(fileno=fd)))
+
+    async def run(self) -> None:
+        """Read until the API closes the socket."""
+        with contextlib.suppress(ConnectionError):
+            async for kind, what in _frames(self._reader):
+                if kind == "job":
+                    self._jobs.put_nowait(Job(**what))
+                elif kind == "cancel":
+                    self._cancelled.put_nowait(what)
+
+    async def announce(self, state: WorkerState) -> None:
+        _send(self._writer, "announce", dataclasses.asdict(state))
+        await self._writer.drain()
+
+    async def claim(self, models: Sequence[str]) -> Job:
+        if self._jobs.empty():
+            _send(self._writer, "claim", list(models))
+            await self._writer.drain()
+        return await self._jobs.get()
+
+    async def cancellations(self) -> AsyncIterator[str]:
+        while True:
+            yield await self._cancelled.get()
+
+    async def publish(self, job_id: str, events: Sequence[Event]) -> None:
+        _send(self._writer, "publish", job_id, [[e.payload, e.final] for e in events])
+        await self._writer.drain()
+
+
+def _state_in(data: dict[str, Any]) -> WorkerState:
+    return WorkerState(**{**data, "models": {name: ModelState(**state) for name, state in data["models"].items()}})
+
+
+def _send(writer: asyncio.StreamWriter, *frame: Any) -> None:
+    body = msgpack.packb(frame)
+    writer.write(struct.pack(">I", len(body)) + body)
+
+
+async def _frames(reader: asyncio.StreamReader) -> AsyncIterator[list[Any]]:
+    """Frames until the other end closes; a frame cut short counts as closed."""
+    while True:
+        try:
+            (length,) = struct.unpack(">I", await reader.readexactly(4))
+            if length > FRAME_LIMIT:
+                raise ConnectionError(f"a frame of {length} bytes; {FRAME_LIMIT} at most")
+            body = await reader.readexactly(length)
+        except asyncio.IncompleteReadError:
+            return
+        yield msgpack.unpackb(body)

@@ -1,0 +1,467 @@
+"""Runs Samplers and Densities step by step on one device. Knows no family by name, no HTTP, no transport.
+
+A *lane* is one model (one version of it) and what is done with it, drawing or scoring. All rows of a lane step together in one batch,
+at whatever ticks they stand. The scheduler says who steps; what happens goes out as messages of a job.
+
+Exactness: a step's batch is filled up to a multiple of `ROW_MULTIPLE` rows with copies of the last one. Matrix products and
+convolutions choose other summation orders for odd sizes; for these sizes a row's floats do not depend on how many others there are.
+
+Isolation: a step that raises is taken again row by row, and only the jobs of the rows that raise fail; a row whose result is not finite fails alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import _rows
+from models._protocol import UNLABELLED, Density, Draw, Model, Rows
+from service.messages import Completed, Failed, Generate, ImageDone, Message, Pixels, Progress, Scored, ScoreImages, Started
+from service.scheduler import Plan, Row, Scheduler, Ticket
+
+log = logging.getLogger(__name__)
+
+ROW_MULTIPLE = 4
+PROGRESS_EVERY = 0.25  # seconds between progress messages of a job, previews apart
+
+Emit = Callable[[str, Message, bool], None]  # job, message, final
+
+
+class Engine:
+    """One device's models and the jobs that run on them. Not thread-safe: one thread drives it."""
+
+    def __init__(
+        self,
+        emit: Emit,
+        device: torch.device | str = "cpu",
+        max_rows: int = 64,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._emit, self._device, self._clock = emit, torch.device(device), clock
+        self._scheduler = Scheduler(max_rows)
+        self._models: dict[str, tuple[str, Model]] = {}  # id -> (version, model)
+        self._lanes: dict[str, _Lane] = {}
+        self._jobs: dict[str, _Job] = {}
+
+    # -------------------------------------------------------------------------------------------------------------- models
+
+    def put(self, model_id: str, version: str, model: Model) -> None:
+        """Serve a model, warmed up with a step, in place of any older version: rows of that one run on to their end. Raises whatever
+        the model raises when it draws or scores one image; then the older version stays."""
+        lanes: dict[str, _Lane] = {}
+        programs: list[_Program] = [_Drawing(model)]
+        if model.spec.likelihood is not None:
+            if not isinstance(model, Density):
+                raise TypeError(f"{model_id}: its Spec has a likelihood, but the family is no Density")
+            programs.append(_Scoring(model))
+        for program in programs:
+            name = f"{model_id}@{version}/{program.name}"
+            for rows in (1, 1, 2 * ROW_MULTIPLE):  # the first pays for what is set up once
+                seconds = self._warm(program, rows)
+            self._scheduler.observe(name, ROW_MULTIPLE, seconds)
+            lanes[name] = _Lane(program)
+        self._models[model_id] = (version, model)
+        self._lanes |= lanes
+        self._retire()
+
+    def remove(self, model_id: str) -> None:
+        """Take no new jobs for a model; those that run go on to their end."""
+        self._models.pop(model_id, None)
+        self._retire()
+
+    def _warm(self, program: _Program, rows: int) -> float:
+        with torch.inference_mode():
+            batch = _filled(program.warm(rows))
+            began = self._clock()
+            program.result(program.step(batch))
+            return self._clock() - began
+
+    def _retire(self) -> None:
+        """Let go of the lanes of models that are gone, once idle."""
+        served = {f"{model_id}@{version}" for model_id, (version, _) in self._models.items()}
+        for name in [n for n in self._lanes if n.rsplit("/", 1)[0] not in served and not self._scheduler.lane_jobs(n)]:
+            del self._lanes[name]
+            self._scheduler.forget(name)
+
+    # ---------------------------------------------------------------------------------------------------------------- jobs
+
+    def submit(
+        self, job_id: str, model_id: str, task: Generate | ScoreImages, priority: str = "interactive", timeout: float | None = None
+    ) -> None:
+        """A new job. Whatever is wrong with it is told as a `Failed` message, never raised."""
+        if model_id not in self._models:
+            self._emit(job_id, Failed("unknown-model", f"model: {model_id} is not loaded here"), True)
+            return
+        version, model = self._models[model_id]
+        kind = "draw" if isinstance(task, Generate) else "score"
+        lane = f"{model_id}@{version}/{kind}"
+        if lane not in self._lanes:
+            self._emit(job_id, Failed("unknown-model", f"model: {model_id} has no likelihood"), True)
+            return
+        now = self._clock()
+        rows = task.n if isinstance(task, Generate) else len(task.images)
+        expires = None if timeout is None else now + timeout
+        ticket = Ticket(job_id, lane, rows, "batch" if priority == "batch" else "interactive", expires)
+        try:
+            job = _Job(lane, rows, now, self._lanes[lane].program.rows_of(task))
+            self._scheduler.submit(ticket, now)
+        except ValueError as e:
+            self._emit(job_id, Failed("internal", str(e)), True)
+            return
+        self._jobs[job_id] = job
+
+    def cancel(self, job_id: str) -> None:
+        """Drop a job at the next step; it tells `Failed("cancelled")`."""
+        self._scheduler.cancel(job_id)
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that have not ended."""
+        return len(self._jobs)
+
+    def step(self) -> bool:
+        """Take the next step that the scheduler plans. False when there was nothing to do."""
+        plan = self._scheduler.plan(self._clock())
+        for job_id, reason in plan.leave:
+            self._end(job_id, Failed(reason, f"the job was {reason} before it finished"))
+        if plan.lane is None:
+            return bool(plan.leave)
+        with torch.inference_mode():
+            self._step(plan, self._lanes[plan.lane])
+        self._retire()
+        return True
+
+    # ---------------------------------------------------------------------------------------------------------- one step
+
+    def _step(self, plan: Plan, lane: _Lane) -> None:
+        assert plan.lane is not None
+        began = self._clock()
+        self._keep(lane, [row for row in lane.ids if row.job in self._jobs])
+        self._join(lane, plan.join, began)
+        rows = len(lane.ids)
+        if lane.rows is not None:
+            try:
+                # A copy of the dataclass (not of its tensors), so that a step that raises has not moved on any column.
+                lane.rows = lane.program.step(dataclasses.replace(lane.rows))
+            except Exception:
+                log.exception("%s: a step over %d rows raised; taking it row by row", plan.lane, rows)
+                self._step_apart(lane)
+        lane.left = [left - 1 for left in lane.left]
+        finished: list[Row] = []
+        if lane.rows is not None and min(lane.left) <= 0:
+            left = lane.rows.left.tolist()  # `left` is exact here; for adaptive solvers it is a lower bound
+            lane.left = left[: len(lane.ids)]
+            finished = [row for row, n in zip(lane.ids, lane.left, strict=True) if n <= 0]
+            self._deliver(lane, finished)
+        seconds = self._clock() - began
+        self._scheduler.report(plan.lane, rows, seconds, [row for row in finished if row.job in self._jobs])
+        self._account(lane, finished, seconds)
+
+    def _join(self, lane: _Lane, joining: Sequence[Row], now: float) -> None:
+        if not joining:
+            return
+        for row in joining:
+            job = self._jobs[row.job]
+            if job.began is None:
+                job.began = now
+                self._emit(row.job, Started(now - job.arrived), False)
+        try:
+            fresh: list[tuple[list[Row], Rows]] = [(list(joining), lane.program.init([self._jobs[r.job].rows[r.index] for r in joining]))]
+        except Exception:
+            log.exception("%d rows cannot begin together; trying each alone", len(joining))
+            fresh = []
+            for row in joining:
+                if row.job not in self._jobs:
+                    continue
+                try:
+                    fresh.append(([row], lane.program.init([self._jobs[row.job].rows[row.index]])))
+                except Exception as e:
+                    self._fail(row.job, e)
+        live = [] if lane.rows is None else [_rows.take(lane.rows, range(len(lane.ids)))]
+        parts = live + [part for _, part in fresh]
+        if parts:
+            lane.rows = _filled(_rows.cat(parts))
+        for ids, part in fresh:
+            lane.ids += ids
+            lane.left += part.left.tolist()
+        self._keep(lane, [row for row in lane.ids if row.job in self._jobs])
+
+    def _keep(self, lane: _Lane, ids: Sequence[Row]) -> None:
+        """Let every other row go."""
+        if len(ids) == len(lane.ids):
+            return
+        keep = set(ids)
+        at = [i for i, row in enumerate(lane.ids) if row in keep]
+        lane.ids, lane.left = [lane.ids[i] for i in at], [lane.left[i] for i in at]
+        lane.rows = _filled(_rows.take(lane.rows, at)) if at and lane.rows is not None else None
+
+    def _step_apart(self, lane: _Lane) -> None:
+        """Take the step that raised for each row alone; fail the jobs of those that raise again."""
+        assert lane.rows is not None
+        parts: list[Rows] = []
+        ids: list[Row] = []
+        left: list[int] = []
+        for i, row in enumerate(lane.ids):
+            if row.job not in self._jobs:  # another row of its job has failed meanwhile
+                continue
+            try:
+                part = lane.program.step(_filled(_rows.take(lane.rows, [i])))
+            except Exception as e:
+                self._fail(row.job, e)
+            else:
+                parts.append(_rows.take(part, [0]))
+                ids.append(row)
+                left.append(lane.left[i])
+        lane.rows = _filled(_rows.cat(parts)) if parts else None
+        lane.ids, lane.left = ids, left
+        self._keep(lane, [row for row in lane.ids if row.job in self._jobs])
+
+    def _deliver(self, lane: _Lane, finished: Sequence[Row]) -> None:
+        """Tell the results of finished rows and let them go."""
+        assert lane.rows is not None
+        done = set(finished)
+        at = [i for i, row in enumerate(lane.ids) if row in done]
+        results = lane.program.result(_filled(_rows.take(lane.rows, at)))
+        for row, result in zip(finished, results, strict=False):
+            if row.job not in self._jobs:
+                continue
+            if result is None:
+                self._fail(row.job, FloatingPointError("the result is not finite"))
+                continue
+            message = lane.program.message(row.index, result)
+            if isinstance(message, ImageDone):
+                self._jobs[row.job].images[row.index] = message.pixels
+            self._emit(row.job, message, False)
+        self._keep(lane, [row for row in lane.ids if row not in done and row.job in self._jobs])
+
+    def _account(self, lane: _Lane, finished: Sequence[Row], seconds: float) -> None:
+        """Keep the jobs' books, tell progress, and end those that are complete."""
+        ended = {row.job for row in finished}
+        here = {row.job for row in lane.ids}
+        now = self._clock()
+        for job_id in [j for j in {**dict.fromkeys(ended), **dict.fromkeys(here)} if j in self._jobs]:
+            job = self._jobs[job_id]
+            job.compute_seconds += seconds
+            job.finished += sum(row.job == job_id for row in finished)
+            if job.finished == job.total:
+                queue = (job.began or now) - job.arrived
+                self._end(job_id, Completed(queue, job.compute_seconds, job.network_evaluations))
+            else:
+                self._progress(job_id, job, lane, now)
+
+    def _progress(self, job_id: str, job: _Job, lane: _Lane, now: float) -> None:
+        task = job.rows[0]
+        if not isinstance(task, _DrawRow) or task.draw.steps == 1 or job.began is None:
+            return
+        steps = task.draw.steps
+        at = [i for i, row in enumerate(lane.ids) if row.job == job_id]
+        taken = sum(steps - max(0, lane.left[i]) for i in at) + steps * job.finished
+        step = taken // job.total
+        due = task.preview_every is not None and step // task.preview_every > job.told // task.preview_every
+        if step <= job.told or not (due or now - job.told_at >= PROGRESS_EVERY):
+            return
+        eta = (now - job.began) * (steps * job.total - taken) / taken
+        previews: tuple[Pixels | None, ...] = ()
+        if due and lane.rows is not None:
+            shown: dict[int, Pixels | None] = dict(job.images)
+            drawn = lane.program.result(_rows.take(lane.rows, at))
+            shown |= {lane.ids[i].index: picture for i, picture in zip(at, drawn, strict=True)}
+            previews = tuple(shown.get(k) for k in range(job.total))
+        job.told, job.told_at = step, now
+        self._emit(job_id, Progress(step, steps, eta, previews), False)
+
+    def _fail(self, job_id: str, error: Exception) -> None:
+        log.warning("job %s failed: %s: %s", job_id, type(error).__name__, error)
+        self._scheduler.drop(job_id)
+        self._end(job_id, Failed("row", f"{type(error).__name__}: {error}"))
+
+    def _end(self, job_id: str, message: Completed | Failed) -> None:
+        if self._jobs.pop(job_id, None) is not None:
+            self._emit(job_id, message, True)
+
+
+# ------------------------------------------------------------------------------------------------- what is done with a model
+
+
+@dataclass(frozen=True)
+class _DrawRow:
+    draw: Draw
+    preview_every: int | None
+    network_evaluations: int
+
+
+@dataclass(frozen=True)
+class _ScoreRow:
+    image: Pixels
+    label: int
+    network_evaluations: int
+
+
+class _Program(abc.ABC):
+    """Drawing or scoring: the same three calls for the engine."""
+
+    name: str
+
+    @abc.abstractmethod
+    def rows_of(self, task: Any) -> list[_DrawRow] | list[_ScoreRow]:
+        """What each row of a job is to do."""
+
+    @abc.abstractmethod
+    def warm(self, rows: int) -> Rows:
+        """Some rows at tick 0, to warm up with."""
+
+    @abc.abstractmethod
+    def init(self, tasks: Sequence[Any]) -> Rows: ...
+
+    @abc.abstractmethod
+    def step(self, rows: Rows) -> Rows: ...
+
+    @abc.abstractmethod
+    def result(self, rows: Rows) -> list[Any]:
+        """The result of each row, as it stands; None where it is not finite."""
+
+    @abc.abstractmethod
+    def message(self, index: int, result: Any) -> ImageDone | Scored:
+        """What is told of the job's row `index`."""
+
+
+class _Drawing(_Program):
+    name = "draw"
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def rows_of(self, task: Generate) -> list[_DrawRow]:
+        spec = self._model.spec
+        label = UNLABELLED if task.label is None else task.label
+        guided = spec.guidance_scale is not None and task.guidance_scale != 1 and label != UNLABELLED
+        evaluations = task.steps * spec.steps.network_evaluations_per_step * (2 if guided else 1)
+        return [
+            _DrawRow(
+                Draw(task.seed, k, task.steps, task.solver, label, task.prompt, task.guidance_scale, task.temperature),
+                task.preview_every,
+                evaluations,
+            )
+            for k in range(task.n)
+        ]
+
+    def warm(self, rows: int) -> Rows:
+        spec = self._model.spec
+        solver = spec.solvers[0] if spec.solvers else None
+        guidance = 1.0 if spec.guidance_scale is None else spec.guidance_scale.default
+        label = 0 if spec.image.labels else UNLABELLED
+        prompt = "a" if spec.image.captions else None
+        return self._model.init(
+            [Draw(0, k, spec.steps.default, solver, label, prompt, guidance) for k in range(rows)]
+        )
+
+    def init(self, tasks: Sequence[_DrawRow]) -> Rows:
+        return self._model.init([task.draw for task in tasks])
+
+    def step(self, rows: Rows) -> Rows:
+        return self._model.step(rows)
+
+    def result(self, rows: Rows) -> list[Pixels | None]:
+        images = self._model.image(rows)
+        finite = images.isfinite().flatten(1).all(1).tolist()
+        pixels = (images.nan_to_num() * 255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
+        return [p if ok else None for p, ok in zip(pixels, finite, strict=True)]
+
+    def message(self, index: int, result: Pixels) -> ImageDone:
+        return ImageDone(index, result)
+
+
+class _Scoring(_Program):
+    name = "score"
+
+    def __init__(self, model: Density) -> None:
+        assert isinstance(model, Model)
+        self._model, self._density = model, model
+
+    def rows_of(self, task: ScoreImages) -> list[_ScoreRow]:
+        if task.images.shape[1:] != self._model.spec.image.shape:
+            raise ValueError(f"images: {task.images.shape[1:]} where the model takes {self._model.spec.image.shape}")
+        likelihood = self._model.spec.likelihood
+        steps = 1 if likelihood is None else likelihood.steps
+        return [_ScoreRow(image, label, steps) for image, label in zip(task.images, task.labels, strict=True)]
+
+    def warm(self, rows: int) -> Rows:
+        x = torch.zeros(rows, *self._model.spec.image.shape, device=self._model.device)
+        return self._density.score_init(x, torch.full((rows,), UNLABELLED, device=x.device))
+
+    def init(self, tasks: Sequence[_ScoreRow]) -> Rows:
+        device = self._model.device
+        x = torch.stack([torch.tensor(task.image) for task in tasks]).to(device).to(torch.float32) / 255
+        return self._density.score_init(x, torch.tensor([task.label for task in tasks], device=device))
+
+    def step(self, rows: Rows) -> Rows:
+        return self._density.score_step(rows)
+
+    def result(self, rows: Rows) -> list[dict[str, Any] | None]:
+        score = self._density.score(rows)
+        columns: dict[str, Tensor] = {
+            name: value
+            for name, value in (("log_prob", score.log_prob), ("energy", score.energy), ("stderr", score.stderr))
+            if value is not None
+        }
+        names, statistics = list(columns), list(score.statistics)
+        table = torch.stack([*columns.values(), *score.statistics.values()], dim=1).double().cpu().tolist()
+        results: list[dict[str, Any] | None] = []
+        for line in table:
+            numbers = dict(zip(names + statistics, line, strict=True))
+            ok = all(math.isfinite(v) for v in line)
+            results.append(
+                {
+                    **{n: numbers[n] if n in columns else None for n in ("log_prob", "energy", "stderr")},
+                    "statistics": {n: numbers[n] for n in statistics},
+                }
+                if ok
+                else None
+            )
+        return results
+
+    def message(self, index: int, result: dict[str, Any]) -> Scored:
+        return Scored(index, **result)
+
+
+# --------------------------------------------------------------------------------------------------------------- the books
+
+
+@dataclass
+class _Lane:
+    program: _Program
+    ids: list[Row] = field(default_factory=list)  # whose rows `rows` begins with; copies of the last fill it up
+    rows: Rows | None = None
+    left: list[int] = field(default_factory=list)  # of `ids`: lower bounds of the steps left, kept on the host
+
+
+@dataclass
+class _Job:
+    lane: str
+    total: int
+    arrived: float
+    rows: list[_DrawRow] | list[_ScoreRow]
+    began: float | None = None
+    finished: int = 0
+    compute_seconds: float = 0.0
+    told: int = 0  # the step of the last progress message
+    told_at: float = -math.inf
+    images: dict[int, Pixels] = field(default_factory=dict)  # finished ones, for previews
+
+    @property
+    def network_evaluations(self) -> int:
+        return sum(row.network_evaluations for row in self.rows)
+
+
+def _filled(rows: Rows) -> Rows:
+    """Filled up to the next multiple of ROW_MULTIPLE."""
+    return _rows.pad(rows, -(-_rows.count(rows) // ROW_MULTIPLE) * ROW_MULTIPLE)

@@ -1,0 +1,91 @@
+"""Starts the worker processes of this machine, and starts again one that dies. What it was doing, the broker gives to another."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from service.broker_local import LocalBroker
+
+log = logging.getLogger(__name__)
+
+GRACE = 10.0  # seconds a worker has to end after SIGTERM
+LONGEST_WAIT = 10.0  # seconds between restarts of a worker that keeps dying
+
+
+def device_list(devices: str) -> list[str]:
+    """The device of each worker. "auto" is every CUDA device, or without one, a worker for each CPU core up to four; otherwise the
+    comma-separated list ("cpu,cpu" makes two workers on the CPU). Raises `ValueError` for anything else."""
+    if devices == "auto":
+        cuda = sorted(Path("/dev").glob("nvidia[0-9]*"))
+        return [f"cuda:{k}" for k in range(len(cuda))] or ["cpu"] * min(4, os.cpu_count() or 1)
+    found = [device.strip() for device in devices.split(",")]
+    for device in found:
+        kind, _, index = device.partition(":")
+        if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+            raise ValueError(f'devices: {device!r}; a device is "cpu", "cuda" or "cuda:N", and "auto" takes what there is')
+    return found
+
+
+class Supervisor:
+    """Keeps one worker process per device alive. CPU workers have one thread each: two unpinned OpenMP threads may land on one core."""
+
+    def __init__(self, broker: LocalBroker, devices: Sequence[str], models: Path, max_rows: int, log_level: str = "INFO") -> None:
+        self._broker, self._devices, self._models = broker, devices, models
+        self._max_rows, self._log_level = max_rows, log_level
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids of the workers that run, by name."""
+        return {name: process.pid for name, process in self._processes.items()}
+
+    async def run(self) -> None:
+        """Until cancelled; then every worker is ended."""
+        async with asyncio.TaskGroup() as group:
+            for k, device in enumerate(self._devices):
+                group.create_task(self._keep(f"worker-{k}", device))
+
+    async def _keep(self, name: str, device: str) -> None:
+        wait = 0.1
+        while True:
+            began = time.monotonic()
+            code = await self._serve(name, device)
+            wait = 0.1 if time.monotonic() - began > 60 else min(2 * wait, LONGEST_WAIT)
+            log.error("%s ended with exit status %s; starting it again in %.1f s", name, code, wait)
+            await asyncio.sleep(wait)
+
+    async def _serve(self, name: str, device: str) -> int:
+        """One life of a worker. Returns its exit status."""
+        ours, theirs = socket.socketpair()
+        command = ["-m", "service.worker", "--fd", str(theirs.fileno()), "--name", name, "--device", device]
+        command += ["--models", str(self._models), "--max-rows", str(self._max_rows), "--log-level", self._log_level]
+        threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, pass_fds=[theirs.fileno()], env={**os.environ, **threads}
+        )
+        theirs.close()
+        self._processes[name] = process
+        link = asyncio.create_task(self._broker.attach(name, ours))
+        try:
+            return await process.wait()
+        finally:
+            await self._end(process)
+            del self._processes[name]
+            link.cancel()
+            await asyncio.gather(link, return_exceptions=True)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), GRACE)
+            except TimeoutError:
+                process.kill()
+                await process.wait()

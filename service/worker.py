@@ -1,0 +1,347 @@
+"""A process that owns one device: claims jobs, runs the engine, publishes events.
+
+Three threads. The main one drives the engine, step after step. One runs asyncio and talks to the broker. One watches the models folder and reads
+checkpoints that are new or changed; the main thread takes them in between two steps. They meet in one inbox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import logging
+import queue
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from models import _checkpoint
+from models._protocol import Model
+from service.broker import Claims, Event, Job, ModelState, WorkerState
+from service.broker_local import LocalClaims
+from service.engine import Engine
+from service.messages import Generate, Message, ScoreImages, pack, unpack
+
+log = logging.getLogger(__name__)
+
+SCAN_EVERY = 1.0  # seconds between looks at the models folder
+ROWS_AHEAD = 2  # a worker claims jobs for a model until it has this many times a full batch of rows
+
+
+@dataclass(frozen=True)
+class _NewJob:
+    job: Job
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    job_id: str
+
+
+@dataclass(frozen=True)
+class _NewModel:
+    name: str
+    version: str
+    model: Model
+
+
+@dataclass(frozen=True)
+class _BadModel:
+    name: str
+    version: str
+    error: str
+
+
+@dataclass(frozen=True)
+class _GoneModel:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    """The folder was looked through once."""
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """The broker is gone, or the process is told to end."""
+
+
+_Command: TypeAlias = _NewJob | _Cancel | _NewModel | _BadModel | _GoneModel | _Scanned | _Stop
+
+
+class Worker:
+    """Startup, main loop and shutdown of one worker."""
+
+    def __init__(self, name: str, device: str, folder: Path, max_rows: int = 64) -> None:
+        self._name, self._device, self._folder, self._max_rows = name, device, folder, max_rows
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._outbox: dict[str, list[Event]] = {}
+        self._rows: Counter[str] = Counter()  # model -> rows of its unfinished jobs here
+        self._held: dict[str, Job] = {}
+        self._models: dict[str, ModelState] = {}
+        self._ready = False
+        self._talk: _Talk | None = None
+        self._engine = Engine(self._emit, device, max_rows)
+
+    def run(self, connect: Callable[[], Awaitable[Claims]]) -> None:
+        """Serve until the broker is gone or `stop` is called. `connect` runs in the talking thread's event loop."""
+        self._talk = _Talk(connect, self._inbox)
+        self._talk.start()
+        stopped = threading.Event()
+        watcher = threading.Thread(target=self._watch, args=(stopped,), name="watch", daemon=True)
+        watcher.start()
+        try:
+            self._loop()
+        finally:
+            stopped.set()
+            self._talk.stop()
+            watcher.join()
+
+    def stop(self) -> None:
+        self._inbox.put(_Stop())
+
+    # ------------------------------------------------------------------------------------------------------------ main loop
+
+    def _loop(self) -> None:
+        busy = False
+        while True:
+            for command in self._commands(wait=not busy):
+                if isinstance(command, _Stop):
+                    return
+                self._obey(command)
+            busy = self._engine.step()
+            self._flush()
+
+    def _commands(self, wait: bool) -> list[_Command]:
+        commands = [self._inbox.get()] if wait else []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                commands.append(self._inbox.get_nowait())
+        return commands
+
+    def _obey(self, command: _Command) -> None:
+        if isinstance(command, _NewJob):
+            self._take(command.job)
+        elif isinstance(command, _Cancel):
+            self._engine.cancel(command.job_id)
+        elif isinstance(command, _NewModel):
+            self._serve(command)
+        elif isinstance(command, _BadModel):
+            self._refuse(command.name, command.version, command.error)
+        elif isinstance(command, _GoneModel):
+            self._engine.remove(command.name)
+            self._models.pop(command.name, None)
+            self._announce()
+        elif isinstance(command, _Scanned) and not self._ready:
+            self._ready = True
+            self._announce()
+
+    def _take(self, job: Job) -> None:
+        self._held[job.id] = job
+        self._rows[job.model] += job.rows
+        self._claim()
+        message = unpack(job.payload)
+        if not isinstance(message, Generate | ScoreImages):
+            raise TypeError(f"job {job.id}: a {type(message).__name__} is no task")
+        self._engine.submit(job.id, job.model, message, job.priority, job.timeout)
+
+    def _serve(self, new: _NewModel) -> None:
+        try:
+            self._engine.put(new.name, new.version, new.model)
+        except Exception as e:  # whatever a model raises when it draws its first image, the others go on
+            log.exception("%s does not run", new.name)
+            self._refuse(new.name, new.version, f"{type(e).__name__}: {e}")
+            return
+        self._models[new.name] = ModelState("ready", new.version)
+        self._announce()
+
+    def _refuse(self, name: str, version: str, error: str) -> None:
+        before = self._models.get(name)
+        if before is not None and before.status == "ready":  # the version that worked stays in service
+            self._models[name] = ModelState("ready", before.sha256, f"a newer version was refused: {error}")
+        else:
+            self._models[name] = ModelState("failed", version, error)
+        self._announce()
+
+    # ------------------------------------------------------------------------------------------------------------ telling
+
+    def _emit(self, job_id: str, message: Message, final: bool) -> None:
+        self._outbox.setdefault(job_id, []).append(Event(pack(message), final))
+        if final and (job := self._held.pop(job_id, None)) is not None:
+            self._rows[job.model] -= job.rows
+
+    def _flush(self) -> None:
+        if self._outbox:
+            assert self._talk is not None
+            self._talk.publish(self._outbox)
+            self._outbox = {}
+            self._claim()
+
+    def _announce(self) -> None:
+        assert self._talk is not None
+        self._talk.announce(WorkerState(self._name, self._device, self._ready, dict(self._models)))
+        self._claim()
+
+    def _claim(self) -> None:
+        """Ask for more work for the models that have room."""
+        assert self._talk is not None
+        room = [m for m, s in self._models.items() if s.status == "ready" and self._rows[m] < ROWS_AHEAD * self._max_rows]
+        self._talk.want(room)
+
+    # ------------------------------------------------------------------------------------------------------------- models
+
+    def _watch(self, stopped: threading.Event) -> None:
+        """Look at the folder now and then; read what is new or changed. A folder's version is the hash of its model.json."""
+        seen: dict[str, str] = {}
+        while True:
+            found = {p.parent.name: p for p in sorted(self._folder.glob(f"*/{_checkpoint.ABOUT}"))}
+            for name in [n for n in seen if n not in found]:
+                del seen[name]
+                self._inbox.put(_GoneModel(name))
+            for name, path in found.items():
+                self._look(name, path, seen)
+            self._inbox.put(_Scanned())
+            if stopped.wait(SCAN_EVERY):
+                return
+
+    def _look(self, name: str, path: Path, seen: dict[str, str]) -> None:
+        try:
+            version = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            return  # going away, or being replaced: the next look tells
+        if seen.get(name) == version:
+            return
+        began = time.perf_counter()
+        try:
+            model = _checkpoint.load(path.parent, self._device)
+        except Exception as e:  # a checkpoint is input: whatever is wrong with it concerns it alone
+            log.warning("%s: refused: %s", name, e)
+            self._inbox.put(_BadModel(name, version, f"{e}" if isinstance(e, _checkpoint.CheckpointError) else f"{type(e).__name__}: {e}"))
+        else:
+            log.info("%s: read in %.2f s", name, time.perf_counter() - began)
+            self._inbox.put(_NewModel(name, version, model))
+        seen[name] = version
+
+
+class _Talk:
+    """The thread that talks to the broker. Its methods may be called from any thread; they return at once."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Claims]], inbox: queue.SimpleQueue[_Command]) -> None:
+        self._connect, self._inbox = connect, inbox
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="talk", daemon=True)
+        self._begun = threading.Event()
+        self._told: asyncio.Queue[dict[str, list[Event]] | WorkerState | list[str] | None] = asyncio.Queue()
+        self._wanted: list[str] = []
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        self._thread.start()
+        self._begun.wait()
+
+    def stop(self) -> None:
+        """Tell what is still to be told, then end the thread."""
+        with contextlib.suppress(RuntimeError):  # its loop has ended by itself: the broker is gone
+            self._loop.call_soon_threadsafe(self._told.put_nowait, None)
+        self._thread.join()
+
+    def publish(self, outbox: dict[str, list[Event]]) -> None:
+        self._soon(outbox)
+
+    def announce(self, state: WorkerState) -> None:
+        self._soon(state)
+
+    def want(self, models: list[str]) -> None:
+        self._soon(models)
+
+    def _soon(self, what: dict[str, list[Event]] | WorkerState | list[str]) -> None:
+        with contextlib.suppress(RuntimeError):  # as above; a _Stop is in the inbox then
+            self._loop.call_soon_threadsafe(self._told.put_nowait, what)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._main())
+        finally:
+            self._begun.set()
+            self._inbox.put(_Stop())
+            self._loop.close()
+
+    async def _main(self) -> None:
+        claims = await self._connect()
+        self._begun.set()
+        tasks = [asyncio.ensure_future(c) for c in (claims.run(), self._tell(claims), self._claim(claims), self._hear(claims))]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                with contextlib.suppress(ConnectionError):  # the broker is gone: so are we
+                    task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tell(self, claims: Claims) -> None:
+        while (what := await self._told.get()) is not None:
+            if isinstance(what, WorkerState):
+                await claims.announce(what)
+            elif isinstance(what, dict):
+                for job_id, events in what.items():
+                    await claims.publish(job_id, events)
+            else:
+                self._wanted = what
+                self._changed.set()
+
+    async def _claim(self, claims: Claims) -> None:
+        """Keep one claim standing for the models that have room; each change replaces it."""
+        while True:
+            self._changed.clear()
+            changed = asyncio.ensure_future(self._changed.wait())
+            claim = asyncio.ensure_future(claims.claim(self._wanted)) if self._wanted else None
+            await asyncio.wait({changed, claim} if claim else {changed}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            if claim is None:
+                continue
+            if claim.done():
+                self._inbox.put(_NewJob(claim.result()))
+                await self._changed.wait()  # the worker counts the job in before it asks for more
+            else:
+                claim.cancel()
+
+    async def _hear(self, claims: Claims) -> None:
+        async for job_id in claims.cancellations():
+            self._inbox.put(_Cancel(job_id))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """python -m service.worker: one worker, started by the API's supervisor with a socket to it."""
+    parser = argparse.ArgumentParser(prog="python -m service.worker", description=main.__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the API process")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--max-rows", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch")
+    parser.add_argument("--log-level", default="INFO")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=args.log_level, format=f"%(asctime)s {args.name} %(levelname)s %(message)s")
+    torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    worker = Worker(args.name, args.device, args.models, args.max_rows)
+    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the API ends its workers itself
+    worker.run(lambda: LocalClaims.connect(args.fd))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
