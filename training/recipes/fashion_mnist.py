@@ -1,3 +1,19 @@
 """Recipes for Fashion-MNIST (28×28 grey, ten classes): what the zoo ships."""
 
 from __future__ import annotations
+
+import models.vae
+from training.config import AdamW, Run
+
+
+def vae() -> Run:
+    """Class-conditional VAE, mixture of five logistics a pixel: twelve CPU minutes of one thread."""
+    return Run(
+        family="vae",
+        config=models.vae.Config(latent=64, width=64, blocks=2, hidden=256, components=5),
+        data="fashion-mnist",
+        steps=13_000,
+        batch_size=64,
+        optimisers={"vae": AdamW(lr=2e-3, weight_decay=0.01)},
+        channels_last=True,
+    )
