@@ -1,12 +1,12 @@
 """A checkpoint folder: what passes between training and serving.
 
-    model.json             Spec, family config, image space, and what training tells of itself (data, recipe, revision, metrics);
-                           sha256 of every other file
+    model.json             Spec, family config, image space, what training tells of itself (data, recipe, revision,
+                           metrics), and the sha256 of every other file
     weights.safetensors    every tensor that sampling and scoring need
     ...                    calibration.safetensors, samples.png, README.md, as training adds them
 
-No pickle anywhere. A folder whose hashes, shapes or dtypes do not match is refused with a `CheckpointError` that names the file
-and what differs.
+No pickle anywhere. A folder whose hashes, shapes or dtypes do not match is refused with a `CheckpointError` that
+names the file and what differs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class CheckpointError(Exception):
 
 
 def save(folder: Path, model: Model, config: Any, about: Mapping[str, Any]) -> None:
-    """Write a checkpoint folder, replacing weights and model.json if they are there. Each file appears whole or not at all, and
-    model.json last, so that a reader never accepts half a checkpoint.
+    """Write a checkpoint folder, replacing weights and model.json if they are there. Each file appears whole or not
+    at all, and model.json last, so that a reader never accepts half a checkpoint.
 
     config: the family's Config that the model was built from. about: JSON for data, recipe, revision, metrics, ...
     """
@@ -94,7 +94,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def update(folder: Path, about: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
-    """Add or replace top-level entries of model.json, and files of the folder, after training (metrics, card, calibration)."""
+    """Add or replace entries of model.json, and files of the folder, after training (metrics, card, calibration)."""
     merged = {**read_about(folder), **about}
     for name, content in (files or {}).items():
         write_file(folder / name, content)
@@ -131,7 +131,9 @@ def _read_checked(folder: Path, name: str, about: Mapping[str, Any]) -> bytes:
 def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
-        raise CheckpointError(f"{WEIGHTS}: missing {missing[:3]}, unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)")
+        raise CheckpointError(
+            f"{WEIGHTS}: missing {missing[:3]}, unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
+        )
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape or tensor.dtype != found[name].dtype:
             raise CheckpointError(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 UNLABELLED = -1
 
-JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 LikelihoodKind: TypeAlias = Literal["exact", "bound", "estimate", "unnormalised"]
 
 
@@ -114,14 +114,20 @@ class Spec:
         if self.solvers:
             fields["solver"] = {"enum": list(self.solvers), "default": self.solvers[0]}
         if self.image.labels:
-            indices = {"type": "integer", "minimum": 0, "maximum": self.image.classes - 1}
-            fields["label"] = {"anyOf": [indices, {"enum": list(self.image.labels)}]}
+            indices: JSON = {"type": "integer", "minimum": 0, "maximum": self.image.classes - 1}
+            names: JSON = {"enum": list(self.image.labels)}
+            fields["label"] = {"anyOf": [indices, names]}
         if self.image.captions:
             fields["prompt"] = {"type": "string", "minLength": 1, "maxLength": 1000}
         for name in ("guidance_scale", "temperature"):
             allowed: Range | None = getattr(self, name)
             if allowed is not None:
-                fields[name] = {"type": "number", "minimum": allowed.min, "maximum": allowed.max, "default": allowed.default}
+                fields[name] = {
+                    "type": "number",
+                    "minimum": allowed.min,
+                    "maximum": allowed.max,
+                    "default": allowed.default,
+                }
         return fields
 
     def to_json(self) -> dict[str, JSON]:
@@ -181,14 +187,14 @@ class Draw:
 
 @dataclass
 class Rows:
-    """A batch of independent chains: a dataclass of tensors whose dim 0 is the row (`models._rows` joins and splits any).
+    """A batch of independent chains: a dataclass of tensors whose dim 0 is the row (`models._rows` joins and splits it).
 
-    Families add their columns (x, solver coefficients, caches, ...): tensors, nested Rows, or tuples of them. Rows of one batch
-    may differ in every column: nothing about a request is ever kept on the model.
+    Families add their columns (x, solver coefficients, caches, ...): tensors, nested Rows, or tuples of them. Rows of
+    one batch may differ in every column: nothing about a request is ever kept on the model.
 
     tick    (B,) int64: steps taken.
-    left    (B,) int64: steps still to take, 0 = finished. `step` lowers it by one. Where the number of steps is not known
-            beforehand (adaptive solvers) it is a lower bound that stays at 1 until the row is done.
+    left    (B,) int64: steps still to take, 0 = finished. `step` lowers it by one. Where the number of steps is not
+            known beforehand (adaptive solvers) it is a lower bound that stays at 1 until the row is done.
     """
 
     tick: Tensor
@@ -200,15 +206,19 @@ class Sampler(abc.ABC):
 
     @abc.abstractmethod
     def init(self, draws: Sequence[Draw]) -> Rows:
-        """Rows at tick 0, on the model's device. Values outside the Spec are the caller's error: they are checked before."""
+        """Rows at tick 0, on the model's device. The caller has checked the values against the Spec."""
 
     @abc.abstractmethod
     def step(self, rows: Any) -> Rows:
-        """Advance every row by one step. May write into `rows`, which the caller gives away. Never given a finished row."""
+        """Advance every row by one step. Never given a finished row.
+
+        May write into the tensors of `rows` where copying would cost (caches), but only so that taking the same step
+        again gives the same result: the engine takes a step that raised again, row by row.
+        """
 
     @abc.abstractmethod
     def image(self, rows: Any) -> Tensor:
-        """(B, C, H, W) in [0, 1]: the finished image where left is 0, else a preview. Valid at any tick; changes nothing."""
+        """(B, C, H, W) in [0, 1]: the finished image where left is 0, else a preview. Valid at any tick."""
 
 
 # -------------------------------------------------------------------------------------------------------------- density
@@ -332,11 +342,12 @@ class Batch:
 
 
 class Trainable(abc.ABC):
-    """The objective sits beside the model; the loop keeps what is not the paper (optimiser, EMA, clipping, precision)."""
+    """The objective sits beside the model; the loop keeps what is not the paper: optimiser, EMA, precision, ..."""
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Called once before the first step with one pass over the training data: data-dependent initialisation, or all of the
-        learning where maximum likelihood is closed. Draw only as many batches as needed."""
+        """Called once before the first step with one pass over the training data: data-dependent initialisation, or all
+        of the learning where maximum likelihood is closed. Draw only as many batches as needed.
+        """
         return
 
     @abc.abstractmethod
@@ -345,8 +356,9 @@ class Trainable(abc.ABC):
 
     @abc.abstractmethod
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
-        """Yields (group, loss, metrics). The loop takes one optimiser step on the group before it asks for the next, so a
-        generator's loss is computed after the critic's update. Randomness is torch's global generator. `metrics` are scalars
+        """Yields (group, loss, metrics). The loop takes one optimiser step on the group before it asks for the next,
+        so a generator's loss is computed after the critic's update. Randomness is torch's global generator. `metrics`
+        are scalars
         to log, by name; the loop reads them now and then only."""
 
 
@@ -357,4 +369,5 @@ class Model(nn.Module, Sampler, Trainable):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.state_dict().values())).device
+        tensor: Tensor = next(iter(self.state_dict().values()))
+        return tensor.device

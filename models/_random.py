@@ -1,8 +1,10 @@
-"""Counter-based noise: a pure function of (seed, sample, tick, draw), so that an image never depends on its batch mates.
+"""Counter-based noise: a pure function of (seed, sample, tick, draw), so that an image never depends on its batch
+mates.
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in vectorised tensor operations: the key is
-the 64-bit seed; the 128-bit counter is (block, tick, draw, sample), where a block holds four 32-bit words. Integers
-are exact on every device; normals are computed in float64 and rounded to float32, so that devices agree on them as well.
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), in vectorised tensor operations:
+the key is the 64-bit seed; the 128-bit counter is (block, tick, draw, sample), where a block holds four 32-bit words.
+Integers are exact on every device; normals are computed in float64 and rounded to float32, so that devices agree on
+them as well.
 
     variable    paper
     x, y        the counter's words 0 and 2, and 1 and 3 (a round carries even words into odd ones)
@@ -31,7 +33,9 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10. counter (4, ...) and key (2, ...), broadcastable, int64 holding unsigned 32-bit words -> (4, ...), likewise."""
+    """Philox4x32-10. counter (4, ...) and key (2, ...), broadcastable, int64 holding unsigned 32-bit words -> (4,
+    ...), likewise.
+    """
     m, raises = _constants(counter.device)
     ones = (1,) * (counter.dim() - 1)
     m = m.view(2, *ones)
@@ -51,17 +55,23 @@ def seed_bits(seeds: Sequence[int], device: torch.device | str = "cpu") -> Tenso
 
 
 def words(seed: Tensor, sample: Tensor, tick: Tensor | int, draw: int, n: int) -> Tensor:
-    """(B, n) int64 of random 32-bit words. seed, sample, tick: (B,) (tick may be one number); draw tells draws of one tick apart."""
+    """(B, n) int64 of random 32-bit words. seed, sample, tick: (B,) (tick may be one number); draw tells draws of one
+    tick apart.
+    """
     b, blocks = seed.shape[0], (n + 3) // 4
     block = torch.arange(blocks, device=seed.device).expand(1, b, blocks)
-    rest = torch.stack([torch.as_tensor(tick, device=seed.device).expand(b), torch.full_like(seed, draw), sample]) & _MASK
+    rest = (
+        torch.stack([torch.as_tensor(tick, device=seed.device).expand(b), torch.full_like(seed, draw), sample]) & _MASK
+    )
     counter = torch.cat([block, rest[:, :, None].expand(3, b, blocks)])  # (4, B, blocks)
     key = torch.stack([seed, seed >> 32]) & _MASK  # (2, B)
     return philox(counter, key[:, :, None]).permute(1, 2, 0).reshape(b, -1)[:, :n]
 
 
 def uniform(seed: Tensor, sample: Tensor, tick: Tensor | int, draw: int, shape: Sequence[int]) -> Tensor:
-    """(B, *shape) float32, uniform on the open interval (0, 1): the 2^23 midpoints (k + ½) 2^-23, each exact in float32."""
+    """(B, *shape) float32, uniform on the open interval (0, 1): the 2^23 midpoints (k + ½) 2^-23, each exact in
+    float32.
+    """
     n = math.prod(shape)
     return ((words(seed, sample, tick, draw, n) >> 9).to(torch.float32) + 0.5).mul_(2.0**-23).view(-1, *shape)
 
@@ -77,7 +87,8 @@ def normal(seed: Tensor, sample: Tensor, tick: Tensor | int, draw: int, shape: S
 
 
 def image_seed(x: Tensor) -> Tensor:
-    """(B,) int64 seeds that are a function of each image's own 8-bit content: the same image always gets the same noise.
+    """(B,) int64 seeds that are a function of each image's own 8-bit content: the same image always gets the same
+    noise.
 
     x: (B, C, H, W) on the grid k / 255. The seed is a 64-bit BLAKE2b of the bytes.
     """

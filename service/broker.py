@@ -1,8 +1,8 @@
 """The port between the API and the workers. Implemented by `broker_local` (one machine, no Redis).
 
-A job goes one way and its events come back; what is in them (`payload`) is between routes and workers (`service.messages`).
-Delivery is at least once: a job whose worker died is given to another. A job's payload determines its answer, so a rerun tells
-the same again; receivers drop what they have already seen.
+A job goes one way and its events come back; what is in them (`payload`) is between routes and workers
+(`service.messages`). Delivery is at least once: a job whose worker died is given to another. A job's payload
+determines its answer, so a rerun tells the same again; receivers drop what they have already seen.
 
     API side        Broker   submit, cancel, events, pool
     worker side     Claims   run, announce, claim, cancellations, publish
@@ -60,7 +60,7 @@ class WorkerState:
 
 
 class QueueFull(Exception):
-    """No room: `retry_after` is when there should be, in seconds, computed from the work queued and how fast it goes."""
+    """No room: `retry_after` is in how many seconds there should be, by the work queued and its pace."""
 
     def __init__(self, retry_after: float, queued: int, limit: int) -> None:
         super().__init__(f"{queued} step-units are queued, of {limit} at most")
@@ -84,16 +84,19 @@ class Broker(abc.ABC):
 
     @abc.abstractmethod
     async def cancel(self, job_id: str) -> None:
-        """Stop a job at its next step; its events end. Cancelling one that has ended, or that never was, does nothing."""
+        """Stop a job at its next step; its events end. Cancelling one that has ended, or that never was, does
+        nothing.
+        """
 
     @abc.abstractmethod
     def events(self, job_id: str) -> AsyncIterator[Event]:
-        """The job's events from its first on, until the final one. Raises `KeyError` for a job that is not known, `JobLost`
+        """The job's events from its first on, until the final one. Raises `KeyError` for a job that is not known,
+        `JobLost`
         when it ended without an answer. A rerun may repeat events."""
 
     @abc.abstractmethod
     async def position(self, job_id: str) -> int:
-        """How many queued jobs will be given to workers before this one; 0 when it is next, or already with a worker."""
+        """How many queued jobs come before this one; 0 when it is next, or already with a worker."""
 
     @abc.abstractmethod
     async def pool(self) -> Sequence[WorkerState]:

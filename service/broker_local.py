@@ -5,7 +5,8 @@ Frames on a socket are a 4-byte big-endian length and a msgpack list:
     worker -> API   ["announce", state]   ["claim", [model, ...]]   ["publish", job id, [[payload, final], ...]]
     API -> worker   ["job", job]          ["cancel", job id]
 
-A claim stands until a job answers it or a newer claim replaces it. When a worker's socket closes, its jobs are queued again, at the front.
+A claim stands until a job answers it or a newer claim replaces it. When a worker's socket closes, its jobs are queued
+again, at the front.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class _Link:
 class LocalBroker(Broker):
     """See `Broker`. `queue_units` bounds the step-units of all jobs that have not ended.
 
-    keep: seconds that an ended job's events can still be read. grace: seconds without a ready worker for which jobs are queued all the same,
-    since a worker that died is being restarted.
+    keep: seconds that an ended job's events can still be read. grace: seconds without a ready worker for which jobs
+    are queued all the same, since a worker that died is being restarted.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class LocalBroker(Broker):
         self._rate_at = clock()
         self._rate_units = 0
 
-    # ------------------------------------------------------------------------------------------------------------- API side
+    # -------------------------------------------------------------------------------------------------------------
+    # API side
 
     async def submit(self, job: Job) -> None:
         if not self._anyone():
@@ -125,7 +127,8 @@ class LocalBroker(Broker):
     async def pool(self) -> Sequence[WorkerState]:
         return [link.state for link in self._links.values() if link.state is not None]
 
-    # ---------------------------------------------------------------------------------------------------------- worker links
+    # ----------------------------------------------------------------------------------------------------------
+    # worker links
 
     async def attach(self, name: str, end: socket.socket) -> None:
         """Serve one worker over this end of a socket pair, until it closes."""
@@ -164,7 +167,9 @@ class LocalBroker(Broker):
         for queue in self._queues.values():
             for job_id in list(queue):
                 record = self._records[job_id]
-                takers = [(len(link.jobs), name) for name, link in self._links.items() if record.job.model in link.wanted]
+                takers = [
+                    (len(link.jobs), name) for name, link in self._links.items() if record.job.model in link.wanted
+                ]
                 if not takers:
                     continue
                 name = min(takers)[1]
@@ -211,7 +216,9 @@ class LocalBroker(Broker):
         return self._ready_at is not None and now - self._ready_at <= self._grace
 
     def _retry_after(self, units: int) -> float:
-        """Seconds until the queue has room for so many units, at the rate of late; a second where none was measured yet."""
+        """Seconds until the queue has room for so many units, at the rate of late; a second where none was measured
+        yet.
+        """
         now = self._clock()
         if now - self._rate_at > 1 and self._rate_units:
             self._rate = self._rate_units / (now - self._rate_at)

@@ -1,12 +1,15 @@
 """Runs Samplers and Densities step by step on one device. Knows no family by name, no HTTP, no transport.
 
-A *lane* is one model (one version of it) and what is done with it, drawing or scoring. All rows of a lane step together in one batch,
-at whatever ticks they stand. The scheduler says who steps; what happens goes out as messages of a job.
+A *lane* is one model (one version of it) and what is done with it, drawing or scoring. All rows of a lane step
+together in one batch, at whatever ticks they stand. The scheduler says who steps; what happens goes out as messages
+of a job.
 
-Exactness: a step's batch is filled up to a multiple of `ROW_MULTIPLE` rows with copies of the last one. Matrix products and
-convolutions choose other summation orders for odd sizes; for these sizes a row's floats do not depend on how many others there are.
+Exactness: a step's batch is filled up to a multiple of `ROW_MULTIPLE` rows with copies of the last one. Matrix
+products and convolutions choose other summation orders for odd sizes; for these sizes a row's floats do not depend on
+how many others there are.
 
-Isolation: a step that raises is taken again row by row, and only the jobs of the rows that raise fail; a row whose result is not finite fails alone.
+Isolation: a step that raises is taken again row by row, and only the jobs of the rows that raise fail; a row whose
+result is not finite fails alone.
 """
 
 from __future__ import annotations
@@ -25,7 +28,18 @@ from torch import Tensor
 
 from models import _rows
 from models._protocol import UNLABELLED, Density, Draw, Model, Rows
-from service.messages import Completed, Failed, Generate, ImageDone, Message, Pixels, Progress, Scored, ScoreImages, Started
+from service.messages import (
+    Completed,
+    Failed,
+    Generate,
+    ImageDone,
+    Message,
+    Pixels,
+    Progress,
+    Scored,
+    ScoreImages,
+    Started,
+)
 from service.scheduler import Plan, Row, Scheduler, Ticket
 
 log = logging.getLogger(__name__)
@@ -52,10 +66,12 @@ class Engine:
         self._lanes: dict[str, _Lane] = {}
         self._jobs: dict[str, _Job] = {}
 
-    # -------------------------------------------------------------------------------------------------------------- models
+    # --------------------------------------------------------------------------------------------------------------
+    # models
 
     def put(self, model_id: str, version: str, model: Model) -> None:
-        """Serve a model, warmed up with a step, in place of any older version: rows of that one run on to their end. Raises whatever
+        """Serve a model, warmed up with a step, in place of any older version: rows of that one run on to their end.
+        Raises whatever
         the model raises when it draws or scores one image; then the older version stays."""
         lanes: dict[str, _Lane] = {}
         programs: list[_Program] = [_Drawing(model)]
@@ -92,16 +108,24 @@ class Engine:
             del self._lanes[name]
             self._scheduler.forget(name)
 
-    # ---------------------------------------------------------------------------------------------------------------- jobs
+    # ----------------------------------------------------------------------------------------------------------------
+    # jobs
 
     def submit(
-        self, job_id: str, model_id: str, task: Generate | ScoreImages, priority: str = "interactive", timeout: float | None = None
+        self,
+        job_id: str,
+        model_id: str,
+        task: Generate | ScoreImages,
+        priority: str = "interactive",
+        timeout: float | None = None,
     ) -> None:
-        """A new job. Whatever is wrong with it is told as a `Failed` message, never raised."""
+        """A new job. One for a model that is not here is answered `Failed`. Raises `ValueError` for a job that is there
+        already, and for images of another shape than the model's.
+        """
         if model_id not in self._models:
             self._emit(job_id, Failed("unknown-model", f"model: {model_id} is not loaded here"), True)
             return
-        version, model = self._models[model_id]
+        version, _ = self._models[model_id]
         kind = "draw" if isinstance(task, Generate) else "score"
         lane = f"{model_id}@{version}/{kind}"
         if lane not in self._lanes:
@@ -111,12 +135,8 @@ class Engine:
         rows = task.n if isinstance(task, Generate) else len(task.images)
         expires = None if timeout is None else now + timeout
         ticket = Ticket(job_id, lane, rows, "batch" if priority == "batch" else "interactive", expires)
-        try:
-            job = _Job(lane, rows, now, self._lanes[lane].program.rows_of(task))
-            self._scheduler.submit(ticket, now)
-        except ValueError as e:
-            self._emit(job_id, Failed("internal", str(e)), True)
-            return
+        job = _Job(lane, rows, now, self._lanes[lane].program.rows_of(task))
+        self._scheduler.submit(ticket, now)
         self._jobs[job_id] = job
 
     def cancel(self, job_id: str) -> None:
@@ -140,7 +160,8 @@ class Engine:
         self._retire()
         return True
 
-    # ---------------------------------------------------------------------------------------------------------- one step
+    # ---------------------------------------------------------------------------------------------------------- one
+    # step
 
     def _step(self, plan: Plan, lane: _Lane) -> None:
         assert plan.lane is not None
@@ -175,7 +196,9 @@ class Engine:
                 job.began = now
                 self._emit(row.job, Started(now - job.arrived), False)
         try:
-            fresh: list[tuple[list[Row], Rows]] = [(list(joining), lane.program.init([self._jobs[r.job].rows[r.index] for r in joining]))]
+            fresh: list[tuple[list[Row], Rows]] = [
+                (list(joining), lane.program.init([self._jobs[r.job].rows[r.item] for r in joining]))
+            ]
         except Exception:
             log.exception("%d rows cannot begin together; trying each alone", len(joining))
             fresh = []
@@ -183,7 +206,7 @@ class Engine:
                 if row.job not in self._jobs:
                     continue
                 try:
-                    fresh.append(([row], lane.program.init([self._jobs[row.job].rows[row.index]])))
+                    fresh.append(([row], lane.program.init([self._jobs[row.job].rows[row.item]])))
                 except Exception as e:
                     self._fail(row.job, e)
         live = [] if lane.rows is None else [_rows.take(lane.rows, range(len(lane.ids)))]
@@ -237,9 +260,9 @@ class Engine:
             if result is None:
                 self._fail(row.job, FloatingPointError("the result is not finite"))
                 continue
-            message = lane.program.message(row.index, result)
+            message = lane.program.message(row.item, result)
             if isinstance(message, ImageDone):
-                self._jobs[row.job].images[row.index] = message.pixels
+                self._jobs[row.job].images[row.item] = message.pixels
             self._emit(row.job, message, False)
         self._keep(lane, [row for row in lane.ids if row not in done and row.job in self._jobs])
 
@@ -274,7 +297,7 @@ class Engine:
         if due and lane.rows is not None:
             shown: dict[int, Pixels | None] = dict(job.images)
             drawn = lane.program.result(_rows.take(lane.rows, at))
-            shown |= {lane.ids[i].index: picture for i, picture in zip(at, drawn, strict=True)}
+            shown |= {lane.ids[i].item: picture for i, picture in zip(at, drawn, strict=True)}
             previews = tuple(shown.get(k) for k in range(job.total))
         job.told, job.told_at = step, now
         self._emit(job_id, Progress(step, steps, eta, previews), False)
@@ -289,7 +312,8 @@ class Engine:
             self._emit(job_id, message, True)
 
 
-# ------------------------------------------------------------------------------------------------- what is done with a model
+# ------------------------------------------------------------------------------------------------- what is done with
+# a model
 
 
 @dataclass(frozen=True)
@@ -360,9 +384,7 @@ class _Drawing(_Program):
         guidance = 1.0 if spec.guidance_scale is None else spec.guidance_scale.default
         label = 0 if spec.image.labels else UNLABELLED
         prompt = "a" if spec.image.captions else None
-        return self._model.init(
-            [Draw(0, k, spec.steps.default, solver, label, prompt, guidance) for k in range(rows)]
-        )
+        return self._model.init([Draw(0, k, spec.steps.default, solver, label, prompt, guidance) for k in range(rows)])
 
     def init(self, tasks: Sequence[_DrawRow]) -> Rows:
         return self._model.init([task.draw for task in tasks])
@@ -433,7 +455,8 @@ class _Scoring(_Program):
         return Scored(index, **result)
 
 
-# --------------------------------------------------------------------------------------------------------------- the books
+# --------------------------------------------------------------------------------------------------------------- the
+# books
 
 
 @dataclass

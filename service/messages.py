@@ -84,7 +84,9 @@ class Completed:
 
 @dataclass(frozen=True)
 class Failed:
-    """Final: no answer. `kind` is one of: row (a row raised or turned NaN), unknown-model, expired, cancelled, internal."""
+    """Final: no answer. `kind` is one of: row (a row raised or turned NaN), unknown-model, expired, cancelled,
+    internal.
+    """
 
     kind: str
     detail: str

@@ -1,13 +1,13 @@
 """Who steps next: the pure core of the engine. Plain data in, plain data out; no tensors, no clock of its own.
 
-A job is a number of rows (chains) that run in one *lane*: a model and what is done with it. Rows of all jobs of a lane step
-together, whatever tick they stand at; they join and leave between steps. `plan(now)` says which lane steps next and which rows
-join or leave it first; `report` takes what happened.
+A job is a number of rows (chains) that run in one *lane*: a model and what is done with it. Rows of all jobs of a
+lane step together, whatever tick they stand at; they join and leave between steps. `plan(now)` says which lane steps
+next and which rows join or leave it first; `report` takes what happened.
 
-Between lanes: deficit round robin (Shreedhar & Varghese 1995) in seconds of device time, by the measured cost of each lane's step, so
-that a cheap lane is not kept waiting by a dear one for longer than one step, and time is shared evenly while both have work.
-Inside a lane: interactive before batch, with ageing, so that nothing starves; within that, first come first served, and a job whose rows do not all
-fit begins with those that do.
+Between lanes: deficit round robin (Shreedhar & Varghese 1995) in seconds of device time, by the measured cost of each
+lane's step, so that a cheap lane is not kept waiting by a dear one for longer than one step, and time is shared
+evenly while both have work. Inside a lane: interactive before batch, with ageing, so that nothing starves; within
+that, first come first served, and a job whose rows do not all fit begins with those that do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Reason: TypeAlias = Literal["cancelled", "expired"]
 
 class Row(NamedTuple):
     job: str
-    index: int
+    item: int  # which of its images
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Plan:
 
 
 class Cost:
-    """seconds = a · rows + b of a step, fitted by least squares over the steps seen, older ones counting less and less."""
+    """seconds = a · rows + b of a step, fitted by least squares over the steps seen, older ones counting less and
+    less.
+    """
 
     def __init__(self, forget: float = 0.98) -> None:
         self._forget = forget
@@ -115,7 +117,8 @@ class Scheduler:
         self._round: deque[str] = deque()  # busy lanes, the one whose turn it is first
         self._cancelled: list[str] = []
 
-    # ------------------------------------------------------------------------------------------------------ what comes in
+    # ------------------------------------------------------------------------------------------------------ what
+    # comes in
 
     def submit(self, ticket: Ticket, now: float) -> None:
         """A new job. Raises `ValueError` for a job that is there already or that has no rows."""
@@ -150,7 +153,8 @@ class Scheduler:
             raise ValueError(f"lane: {lane} has jobs")
         self._lanes.pop(lane, None)
 
-    # ------------------------------------------------------------------------------------------------------ what comes out
+    # ------------------------------------------------------------------------------------------------------ what
+    # comes out
 
     def plan(self, now: float) -> Plan:
         """The next step. Rows in `join` count as running and jobs in `leave` as gone once this returns."""
@@ -185,7 +189,8 @@ class Scheduler:
         lane.running = {row: None for row in lane.running if row.job != job}
         self._settle(ticket.lane)
 
-    # ---------------------------------------------------------------------------------------------------------- questions
+    # ----------------------------------------------------------------------------------------------------------
+    # questions
 
     @property
     def jobs(self) -> int:
@@ -201,7 +206,8 @@ class Scheduler:
     def cost(self, lane: str) -> Cost:
         return self._lane(lane).cost
 
-    # ------------------------------------------------------------------------------------------------------------ the inside
+    # ------------------------------------------------------------------------------------------------------------ the
+    # inside
 
     def _lane(self, name: str) -> _Lane:
         return self._lanes.setdefault(name, _Lane(Cost()))
@@ -222,7 +228,8 @@ class Scheduler:
                 yield job, reason
 
     def _next_lane(self) -> str | None:
-        """Deficit round robin: the lane at the front steps while its deficit pays for it; a new turn adds the dearest lane's step, so
+        """Deficit round robin: the lane at the front steps while its deficit pays for it; a new turn adds the dearest
+        lane's step, so
         that every turn pays for one step at least."""
         if not self._round:
             return None

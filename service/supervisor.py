@@ -1,4 +1,6 @@
-"""Starts the worker processes of this machine, and starts again one that dies. What it was doing, the broker gives to another."""
+"""Starts the worker processes of this machine, and starts again one that dies. What it was doing, the broker gives to
+another.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ LONGEST_WAIT = 10.0  # seconds between restarts of a worker that keeps dying
 
 
 def device_list(devices: str) -> list[str]:
-    """The device of each worker. "auto" is every CUDA device, or without one, a worker for each CPU core up to four; otherwise the
+    """The device of each worker. "auto" is every CUDA device, or without one, a worker for each CPU core up to four;
+    otherwise the
     comma-separated list ("cpu,cpu" makes two workers on the CPU). Raises `ValueError` for anything else."""
     if devices == "auto":
         cuda = sorted(Path("/dev").glob("nvidia[0-9]*"))
@@ -29,14 +32,20 @@ def device_list(devices: str) -> list[str]:
     for device in found:
         kind, _, index = device.partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-            raise ValueError(f'devices: {device!r}; a device is "cpu", "cuda" or "cuda:N", and "auto" takes what there is')
+            raise ValueError(
+                f'devices: {device!r}; a device is "cpu", "cuda" or "cuda:N", and "auto" takes what there is'
+            )
     return found
 
 
 class Supervisor:
-    """Keeps one worker process per device alive. CPU workers have one thread each: two unpinned OpenMP threads may land on one core."""
+    """Keeps one worker process per device alive. CPU workers have one thread each: two unpinned OpenMP threads may
+    land on one core.
+    """
 
-    def __init__(self, broker: LocalBroker, devices: Sequence[str], models: Path, max_rows: int, log_level: str = "INFO") -> None:
+    def __init__(
+        self, broker: LocalBroker, devices: Sequence[str], models: Path, max_rows: int, log_level: str = "INFO"
+    ) -> None:
         self._broker, self._devices, self._models = broker, devices, models
         self._max_rows, self._log_level = max_rows, log_level
         self._processes: dict[str, asyncio.subprocess.Process] = {}

@@ -1,7 +1,8 @@
 """A process that owns one device: claims jobs, runs the engine, publishes events.
 
-Three threads. The main one drives the engine, step after step. One runs asyncio and talks to the broker. One watches the models folder and reads
-checkpoints that are new or changed; the main thread takes them in between two steps. They meet in one inbox.
+Three threads. The main one drives the engine, step after step. One runs asyncio and talks to the broker. One watches
+the models folder and reads checkpoints that are new or changed; the main thread takes them in between two steps. They
+meet in one inbox.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from models._protocol import Model
 from service.broker import Claims, Event, Job, ModelState, WorkerState
 from service.broker_local import LocalClaims
 from service.engine import Engine
-from service.messages import Generate, Message, ScoreImages, pack, unpack
+from service.messages import Failed, Generate, Message, ScoreImages, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,8 @@ class Worker:
     def stop(self) -> None:
         self._inbox.put(_Stop())
 
-    # ------------------------------------------------------------------------------------------------------------ main loop
+    # ------------------------------------------------------------------------------------------------------------
+    # main loop
 
     def _loop(self) -> None:
         busy = False
@@ -150,10 +152,13 @@ class Worker:
         self._held[job.id] = job
         self._rows[job.model] += job.rows
         self._claim()
-        message = unpack(job.payload)
-        if not isinstance(message, Generate | ScoreImages):
-            raise TypeError(f"job {job.id}: a {type(message).__name__} is no task")
-        self._engine.submit(job.id, job.model, message, job.priority, job.timeout)
+        try:
+            task = unpack(job.payload)
+            if not isinstance(task, Generate | ScoreImages):
+                raise ValueError(f"a {type(task).__name__} is no task")
+            self._engine.submit(job.id, job.model, task, job.priority, job.timeout)
+        except ValueError as e:  # a job is input: whatever is wrong with it concerns it alone
+            self._emit(job.id, Failed("internal", str(e)), True)
 
     def _serve(self, new: _NewModel) -> None:
         try:
@@ -173,7 +178,8 @@ class Worker:
             self._models[name] = ModelState("failed", version, error)
         self._announce()
 
-    # ------------------------------------------------------------------------------------------------------------ telling
+    # ------------------------------------------------------------------------------------------------------------
+    # telling
 
     def _emit(self, job_id: str, message: Message, final: bool) -> None:
         self._outbox.setdefault(job_id, []).append(Event(pack(message), final))
@@ -195,13 +201,18 @@ class Worker:
     def _claim(self) -> None:
         """Ask for more work for the models that have room."""
         assert self._talk is not None
-        room = [m for m, s in self._models.items() if s.status == "ready" and self._rows[m] < ROWS_AHEAD * self._max_rows]
+        room = [
+            m for m, s in self._models.items() if s.status == "ready" and self._rows[m] < ROWS_AHEAD * self._max_rows
+        ]
         self._talk.want(room)
 
-    # ------------------------------------------------------------------------------------------------------------- models
+    # -------------------------------------------------------------------------------------------------------------
+    # models
 
     def _watch(self, stopped: threading.Event) -> None:
-        """Look at the folder now and then; read what is new or changed. A folder's version is the hash of its model.json."""
+        """Look at the folder now and then; read what is new or changed. A folder's version is the hash of its
+        model.json.
+        """
         seen: dict[str, str] = {}
         while True:
             found = {p.parent.name: p for p in sorted(self._folder.glob(f"*/{_checkpoint.ABOUT}"))}
@@ -226,7 +237,11 @@ class Worker:
             model = _checkpoint.load(path.parent, self._device)
         except Exception as e:  # a checkpoint is input: whatever is wrong with it concerns it alone
             log.warning("%s: refused: %s", name, e)
-            self._inbox.put(_BadModel(name, version, f"{e}" if isinstance(e, _checkpoint.CheckpointError) else f"{type(e).__name__}: {e}"))
+            self._inbox.put(
+                _BadModel(
+                    name, version, f"{e}" if isinstance(e, _checkpoint.CheckpointError) else f"{type(e).__name__}: {e}"
+                )
+            )
         else:
             log.info("%s: read in %.2f s", name, time.perf_counter() - began)
             self._inbox.put(_NewModel(name, version, model))
@@ -279,7 +294,10 @@ class _Talk:
     async def _main(self) -> None:
         claims = await self._connect()
         self._begun.set()
-        tasks = [asyncio.ensure_future(c) for c in (claims.run(), self._tell(claims), self._claim(claims), self._hear(claims))]
+        tasks = [
+            asyncio.ensure_future(c)
+            for c in (claims.run(), self._tell(claims), self._claim(claims), self._hear(claims))
+        ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:

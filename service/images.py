@@ -1,0 +1,249 @@
+"""Images between bytes and pixels: decode what a client sends, encode what it gets.
+
+Pixels are uint8 arrays (C, H, W) with one channel (grey) or three (RGB), as workers take and give them. What a client sends is not
+trusted: size is read from the header and checked before anything is decoded, and only the four formats' own decoders are ever asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import math
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL.ImageFile import ImageFile
+
+from service.messages import Pixels
+from service.schemas import Format, ImageShape
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+MEDIA_TYPES: dict[Format, str] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "npy": "application/octet-stream",
+}
+_GRID_PADDING = 2  # pixels between the images of a grid
+_LOOP_PIXELS = 100_000  # more than these, and a codec takes more than a few milliseconds: off the event loop
+
+# All that Pillow's decoders, numpy's and zlib raise for bytes that are no image of their format.
+_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+
+
+class ImageRefused(ValueError):
+    """An image that is not taken; the message says what it is and what would be."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    pixels: Pixels  # (C, H, W), of the shape that was asked for
+    resized: bool  # it had another size or channel count
+
+
+async def off_loop(pixels: int, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """work(...), in a thread where `pixels` are so many that the event loop would feel it."""
+    if pixels <= _LOOP_PIXELS:
+        return work(*args, **kwargs)
+    return await asyncio.to_thread(work, *args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------- encode
+
+
+def encode(pixels: Pixels, format: Format) -> bytes:
+    """Pixels (C, H, W) -> file. Lossless but for jpeg; npy holds (H, W, C)."""
+    rows = np.ascontiguousarray(pixels.transpose(1, 2, 0))  # (H, W, C)
+    out = io.BytesIO()
+    if format == "npy":
+        np.save(out, rows, allow_pickle=False)
+        return out.getvalue()
+    image = Image.fromarray(rows[:, :, 0] if rows.shape[2] == 1 else rows)
+    match format:
+        case "png":
+            image.save(out, "PNG")
+        case "jpeg":
+            image.save(out, "JPEG", quality=95, subsampling=0)
+        case "webp":
+            image.save(out, "WEBP", lossless=True)
+    return out.getvalue()
+
+
+def encode_base64(pixels: Pixels, format: Format) -> str:
+    return base64.b64encode(encode(pixels, format)).decode("ascii")
+
+
+def grid(images: Sequence[Pixels]) -> Pixels:
+    """N images (C, H, W) as one, row by row, as square as it goes; one image is itself."""
+    if len(images) == 1:
+        return images[0]
+    channels, height, width = images[0].shape
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    down, right = height + _GRID_PADDING, width + _GRID_PADDING
+    sheet = np.zeros((channels, rows * down - _GRID_PADDING, columns * right - _GRID_PADDING), np.uint8)
+    for k, image in enumerate(images):
+        top, left = k // columns * down, k % columns * right
+        sheet[:, top : top + height, left : left + width] = image
+    return sheet
+
+
+# --------------------------------------------------------------------------------------------------------------- decode
+
+
+def decode_base64(text: str, shape: ImageShape, *, resize: bool = False, max_side: int) -> Decoded:
+    """Base64 of an image file, with or without line breaks -> its pixels. Raises `ImageRefused`."""
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as e:
+        hint = "; give the part of a data URL that is after its comma" if text.startswith("data:") else ""
+        raise ImageRefused(f"not base64, or cut off: {e}{hint}") from e
+    return decode(data, shape, resize=resize, max_side=max_side)
+
+
+def decode(data: bytes, shape: ImageShape, *, resize: bool = False, max_side: int) -> Decoded:
+    """An image file -> its pixels, of `shape`. Raises `ImageRefused`.
+
+    An image of another size or channel count is refused unless `resize`: then it is scaled (Lanczos, without keeping its
+    proportions), and turned to grey or RGB. Transparency is refused where it shows.
+    """
+    kind, open_file = _sniff(data)
+    try:
+        return open_file(data, shape, resize, max_side)
+    except ImageRefused:
+        raise
+    except _DECODER_ERRORS as e:
+        raise ImageRefused(f"a {kind} that cannot be decoded, or is cut off: {e}") from e
+
+
+def _sniff(data: bytes) -> tuple[str, Callable[[bytes, ImageShape, bool, int], Decoded]]:
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG", _png
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG", _jpeg
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WebP", _webp
+    if data.startswith(b"\x93NUMPY"):
+        return "npy", _npy
+    raise ImageRefused("no image" if not data else "neither PNG, JPEG, WebP nor npy")
+
+
+def _png(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded:
+    image = PngImagePlugin.PngImageFile(io.BytesIO(data))
+    depth = data[24]  # IHDR comes first: length, name, width, height, depth
+    if depth == 16:  # Pillow would drop the low byte of most of these without a word
+        raise ImageRefused("a PNG of 16 bits a channel; models take 8")
+    return _finish(image, shape, resize, max_side, says_channels=image.mode != "P")
+
+
+def _jpeg(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded:
+    return _finish(JpegImagePlugin.JpegImageFile(io.BytesIO(data)), shape, resize, max_side, says_channels=True)
+
+
+def _webp(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded:
+    # Opening one allocates its canvas, so the size is read by hand.
+    _check_size(*_webp_size(data), shape, resize, max_side)
+    return _finish(WebPImagePlugin.WebPImageFile(io.BytesIO(data)), shape, resize, max_side, says_channels=False)
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    match data[12:16]:
+        case b"VP8 " if data[23:26] == b"\x9d\x01\x2a":
+            width, height = struct.unpack_from("<HH", data, 26)
+            return width & 0x3FFF, height & 0x3FFF
+        case b"VP8L" if data[20:21] == b"\x2f":
+            (bits,) = struct.unpack_from("<I", data, 21)
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8X" if len(data) >= 30:
+            return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    raise ImageRefused("a WebP without a size, or cut off")
+
+
+def _npy(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded:
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ImageRefused(f"an npy of version {version[0]}.{version[1]}; 1.0 and 2.0 are taken")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    dims, by_column, dtype = read_header(file)
+    if dtype != np.uint8:
+        raise ImageRefused(f"an npy of {dtype}; uint8 is taken")
+    if len(dims) not in (2, 3) or (len(dims) == 3 and dims[2] not in (1, 3)):
+        raise ImageRefused(f"an npy of shape {dims}; (height, width) and (height, width, 1 or 3) are taken")
+    height, width = dims[:2]
+    _check_size(width, height, shape, resize, max_side)
+    content = np.frombuffer(data, np.uint8, offset=file.tell())
+    if content.size != math.prod(dims):
+        raise ImageRefused(f"an npy of {content.size:,} bytes for shape {dims}, which is {math.prod(dims):,}: cut off, or too long")
+    array = content.reshape(dims, order="F" if by_column else "C")
+    return _fit(Image.fromarray(np.ascontiguousarray(array.reshape(height, width) if array.size == height * width else array)), shape, resize)
+
+
+def _finish(image: ImageFile, shape: ImageShape, resize: bool, max_side: int, *, says_channels: bool) -> Decoded:
+    """Decode an opened file. says_channels: that it is RGB means more than that its format knows no grey."""
+    _check_size(*image.size, shape, resize, max_side)
+    if getattr(image, "n_frames", 1) > 1:
+        raise ImageRefused(f"an animated {image.format}; give one still image")
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        raise ImageRefused(f"a {image.format} in {image.mode}; grey and RGB of 8 bits a channel are taken")
+    image.load()
+    return _fit(_opaque(image), shape, resize, says_channels=says_channels)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Grey or RGB. Transparency that shows is refused: what lies behind it would be a guess."""
+    grey = image.mode in ("1", "L", "LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        lowest, _ = image.getchannel("A").getextrema()
+        if lowest != 255:
+            raise ImageRefused("an image with transparent pixels; put it on a background first")
+    return image.convert("L" if grey else "RGB")
+
+
+def _fit(image: Image.Image, shape: ImageShape, resize: bool, *, says_channels: bool = True) -> Decoded:
+    """A grey or RGB image -> pixels of `shape`."""
+    wanted = "L" if shape.channels == 1 else "RGB"
+    if not says_channels and wanted == "L" and image.mode == "RGB" and _is_grey(image):
+        image = image.getchannel("R")
+    size = (shape.width, shape.height)
+    resized = image.mode != wanted or image.size != size
+    if resized and not resize:
+        raise ImageRefused(_other(*image.size, len(image.getbands()), shape))
+    if image.mode != wanted:
+        image = image.convert(wanted)
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    rows: NDArray[np.uint8] = np.asarray(image, np.uint8).reshape(shape.height, shape.width, shape.channels)
+    return Decoded(np.ascontiguousarray(rows.transpose(2, 0, 1)), resized)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    red, green, blue = (np.asarray(band) for band in image.split())
+    return bool((red == green).all() and (green == blue).all())
+
+
+def _check_size(width: int, height: int, shape: ImageShape, resize: bool, max_side: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageRefused(f"an image of {width}×{height}: without pixels")
+    if width > max_side or height > max_side:
+        raise ImageRefused(f"an image of {width}×{height}; {max_side}×{max_side} is the largest that is decoded")
+    if not resize and (width, height) != (shape.width, shape.height):
+        raise ImageRefused(_other(width, height, None, shape))
+
+
+def _other(width: int, height: int, channels: int | None, shape: ImageShape) -> str:
+    def told(width: int, height: int, channels: int | None) -> str:
+        return f"{width}×{height}" + (f" with {channels} channel{'s' * (channels != 1)}" if channels else "")
+
+    wanted = told(shape.width, shape.height, shape.channels)
+    return f'an image of {told(width, height, channels)}; the model takes {wanted} ("resize": true brings it there)'

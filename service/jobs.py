@@ -1,0 +1,162 @@
+"""Following a job: submit it, tell each of its messages once, and end it when nobody waits any longer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from service import errors
+from service.broker import Broker, Job
+from service.messages import Failed, ImageDone, Message, Progress, Scored, Started, unpack
+
+T = TypeVar("T")
+
+_POSITION_SECONDS = 1.0  # how often a queued job's place is looked up
+
+
+@dataclass(frozen=True)
+class Queued:
+    """So many jobs come before this one."""
+
+    position: int
+
+
+Told: TypeAlias = Queued | Message
+
+
+class Once:
+    """Drops what a rerun repeats: a job told twice, whole or in part, is a job told once, and its progress never goes back."""
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._seen: set[tuple[type, int]] = set()
+
+    def admit(self, message: Message) -> bool:
+        """Whether the message is news."""
+        match message:
+            case Progress(step=step):
+                ahead, self._step = step > self._step, max(step, self._step)
+                return ahead
+            case Started():
+                key = (Started, 0)
+            case ImageDone(sample=k):
+                key = (ImageDone, k)
+            case Scored(index=k):
+                key = (Scored, k)
+            case _:
+                return True
+        news = key not in self._seen
+        self._seen.add(key)
+        return news
+
+
+async def follow(broker: Broker, job: Job) -> AsyncGenerator[Told]:
+    """Submit a job, and tell where it stands in the queue and then its messages, the last of which is `Completed`.
+
+    Raises what `Broker.submit` does before it tells anything, and a `Problem` for a job that failed. Whoever stops listening
+    before the end (closes this, or is cancelled) cancels the job.
+    """
+    ended = False
+    try:
+        await broker.submit(job)
+        position = await broker.position(job.id)
+        yield Queued(position)
+        once, waiting = Once(), True
+        async with aclosing(pausing(broker.events(job.id), _POSITION_SECONDS)) as events:
+            async for event in events:
+                if event is None:
+                    if waiting and (now := await broker.position(job.id)) != position:
+                        yield Queued(position := now)
+                    continue
+                waiting, ended = False, event.final
+                message = unpack(event.payload)
+                if isinstance(message, Failed):
+                    raise errors.failure(message)
+                if once.admit(message):
+                    yield message
+                if ended:
+                    return
+        raise errors.Interrupted("the job was ended before it was done")
+    finally:
+        if not ended:
+            await broker.cancel(job.id)
+
+
+async def outcome(broker: Broker, job: Job, deadline: float) -> list[Told]:
+    """All that a job tells, once it is complete. Raises `TimedOut` at `deadline`, on the event loop's clock."""
+    async with within(deadline), aclosing(follow(broker, job)) as told:
+        return [message async for message in told]
+
+
+class within:
+    """`async with within(deadline)`: as `asyncio.timeout_at`, but raises `TimedOut`."""
+
+    def __init__(self, deadline: float) -> None:
+        self._timeout = asyncio.timeout_at(deadline)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *exc: Any) -> None:
+        try:
+            await self._timeout.__aexit__(*exc)
+        except TimeoutError as e:
+            raise errors.TimedOut from e
+
+
+async def pausing(source: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None]:
+    """The source's items, and None whenever it has been silent for `seconds`."""
+    coming: asyncio.Future[T] | None = None
+    try:
+        while True:
+            if coming is None:
+                coming = asyncio.ensure_future(anext(source))
+            done, _ = await asyncio.wait({coming}, timeout=seconds)
+            if not done:
+                yield None
+                continue
+            arrived, coming = coming, None
+            try:
+                item = arrived.result()
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        if coming is not None:
+            await _cancel(coming)
+
+
+async def unless_hung_up(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client hangs up first: then raises `ClientDisconnect`.
+
+    receive: the request's, after all of its body was read.
+    """
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        gone.result()
+        raise ClientDisconnect
+    finally:
+        await _cancel(gone)
+        await _cancel(working)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(task: asyncio.Future[Any]) -> None:
+    """Cancel a task and wait until it is over. What it raises belongs to whoever took its result."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,76 @@
+"""What surrounds every request: its id, the last resort for what nobody caught, and the limit on its body. Plain ASGI."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import TooLarge, problem_of
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+log = logging.getLogger(__name__)
+
+
+class RequestContext:
+    """Gives every response an `X-Request-ID`, the client's if it sent one, and answers 500 for whatever was not caught.
+
+    It stands inside the framework's own catch-all, whose answer would come without the id.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            log.info("request %s: the client hung up", request_id)
+        except Exception as error:
+            log.error("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+            if started:
+                raise  # half an answer is out: only closing the connection tells that there is no more
+            await problem_of(error).response()(scope, receive, send_with_id)
+
+
+class BodyLimit:
+    """Refuses a body longer than `limit` bytes: at once where Content-Length says so, else at the byte that is too many."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app, self.limit = app, limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.limit):
+            return await TooLarge(self.limit).response()(scope, receive, send)
+        received = 0
+
+        async def receive_within_limit() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:
+                raise TooLarge(self.limit)
+            return message
+
+        await self.app(scope, receive_within_limit, send)

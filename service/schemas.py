@@ -1,0 +1,254 @@
+"""The wire types: what requests, answers and events look like in JSON. Bounds that depend on the model or on settings are checked
+against JSON schemas by `accepts`; here is what holds for every model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+Format: TypeAlias = Literal["png", "jpeg", "webp", "npy"]
+LikelihoodKind: TypeAlias = Literal["exact", "bound", "estimate", "unnormalised"]
+LARGEST_SEED = 2**64 - 1
+
+
+def _label(value: Any) -> Any:
+    if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
+        return value
+    raise PydanticCustomError("label", "a label is a name or an index")
+
+
+def _one_model(value: Any) -> Any:
+    if isinstance(value, list):
+        raise PydanticCustomError("ensemble", "this server scores with one model at a time, not with a list of them (an ensemble)")
+    return value
+
+
+Label: TypeAlias = Annotated[int | str, Field(description="a class, by name or by index")]
+ModelId: TypeAlias = Annotated[str, Field(description="a model's id, as in `GET /models`")]
+OneModelId: TypeAlias = Annotated[ModelId, BeforeValidator(_one_model)]
+
+
+class Request(BaseModel):
+    """Unknown fields are refused, true is no number, and neither is NaN. A field that is null counts as not given."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class JobOptions(Request):
+    priority: Literal["interactive", "batch"] = Field("interactive", description="batch waits until nothing interactive does")
+    timeout: float | None = Field(None, description="seconds after which nobody needs the answer; the server has a limit", examples=[30])
+
+
+class GenerateRequest(JobOptions):
+    """Draw images. Only `model` is required; what else a model takes is in its `accepts`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "fashion-mnist-ddpm", "n": 4, "seed": 7, "steps": 50, "solver": "ddim"}]}
+    )
+
+    model: ModelId
+    n: int = Field(1, description="number of images; image k is the same whatever n is")
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="unsigned, 64 bits; not given: the server picks one")
+    steps: int | None = Field(None, description="steps a sample takes")
+    solver: str | None = Field(None, description="how a diffusion model steps")
+    label: Annotated[Label | None, BeforeValidator(_label)] = None
+    prompt: str | None = Field(None, description="a caption")
+    guidance_scale: float | None = Field(None, description="strength of classifier-free guidance; 1: none")
+    temperature: float | None = Field(None, description="below 1: less varied than the model")
+    format: Format = Field("png", description="how images are encoded; npy: uint8 (height, width, channels)")
+    preview_every: int | None = Field(None, description="steps between the previews of a stream; not given: no previews")
+    stream: bool = Field(False, description="answer with events (`text/event-stream`), as `Accept` can ask too")
+
+
+class ScoreOptions(JobOptions):
+    model: Annotated[OneModelId, WithJsonSchema({"type": "string", "description": "a model's id, as in `GET /models`"})]
+    label: Annotated[Label | None, BeforeValidator(_label)] = None
+    alpha: float = Field(0.01, gt=0, lt=1, description="false alarms to accept among normal images")
+    heatmap: bool = Field(False, description="also say where in the image it is unlikely")
+    resize: bool = Field(
+        False, description="bring images of another size or channel count to the model's; such scores are not comparable"
+    )
+
+
+class ScoreRequest(ScoreOptions):
+    """Say how likely images are."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "fashion-mnist-pixelcnn", "images": ["iVBORw0KGgo…"], "alpha": 0.01}]}
+    )
+
+    images: list[str] = Field(description="base64 of PNG, JPEG, WebP or npy (uint8, (height, width) or (height, width, channels))")
+
+
+class Answer(BaseModel):
+    """A number that JSON cannot say (infinite, NaN) is null."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+
+
+class Image(Answer):
+    b64_json: str
+    seed: int
+    sample: int = Field(description="the image's index k: it depends on weights, seed, k and the request's own parameters alone")
+
+
+class Usage(Answer):
+    queue_seconds: float
+    compute_seconds: float
+    network_evaluations: int
+
+
+class Generation(Answer):
+    """What `completed` tells: an answer without its images."""
+
+    id: str
+    model: str
+    family: str
+    steps: int
+    seed: int
+    width: int
+    height: int
+    channels: int
+    usage: Usage
+    model_sha256: str = Field(description="of the weights")
+
+
+class GenerateResponse(Answer):
+    id: str
+    model: str
+    family: str
+    steps: int
+    seed: int
+    images: list[Image]
+    width: int
+    height: int
+    channels: int
+    usage: Usage
+    model_sha256: str = Field(description="of the weights")
+
+
+class Anomaly(Answer):
+    score: float
+    p_value: float
+    is_anomaly: bool
+    alpha: float
+    threshold: float
+    false_positive_rate_upper95: float
+
+
+class ScoreResult(Answer):
+    log_prob: float | None = Field(description="nats of the whole 8-bit image; null where the family has only an energy")
+    bits_per_dim: float | None = Field(description="-log_prob / (D ln 2), D = width × height × channels")
+    energy: float | None = Field(None, exclude_if=lambda v: v is None, description="lower is likelier; of unnormalised models only")
+    stderr: float | None = Field(description="of log_prob where it is an estimate, in nats")
+    anomaly: Anomaly | None = Field(description="null for a model that is not calibrated")
+    statistics: dict[str, float]
+    heatmap: str | None = Field(description="base64 of a PNG")
+
+
+class Calibration(Answer):
+    n: int
+    sha256: str
+
+
+class ScoreResponse(Answer):
+    model: str
+    family: str
+    kind: LikelihoodKind
+    dequantisation: str = Field(description='how the 8-bit grid was treated: "none", "uniform K=1", ...')
+    results: list[ScoreResult]
+    calibration: Calibration | None
+    warnings: list[str]
+
+
+class ImageShape(Answer):
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    channels: int = Field(ge=1)
+
+
+class Steps(Answer):
+    kind: Literal["one-step", "iterative"]
+    unit: str
+    min: int
+    default: int
+    max: int
+    network_evaluations_per_step: int = Field(ge=1)
+
+
+class Likelihood(Answer):
+    model_config = ConfigDict(extra="allow")
+
+    kind: LikelihoodKind
+    dequantisation: str
+    note: str = ""
+    steps: int = Field(1, ge=1, description="steps that one image's score takes")
+
+
+class Conditioning(Answer):
+    labels: list[str] | None = Field(None, exclude_if=lambda v: v is None, description="class names in index order")
+    captions: bool = Field(False, exclude_if=lambda v: not v)
+
+
+class Spec(Answer):
+    """What a model is and what a request may set."""
+
+    model_config = ConfigDict(extra="allow")
+
+    family: str
+    image: ImageShape
+    steps: Steps
+    solvers: list[str] = []
+    likelihood: Likelihood | None
+    conditioning: Conditioning | None
+    prediction: str | None = None
+    accepts: dict[str, dict[str, Any]] = Field(description="field of a generate request -> JSON schema of what is taken there")
+
+    @property
+    def labels(self) -> list[str]:
+        return (self.conditioning.labels if self.conditioning else None) or []
+
+
+class ModelEntry(Answer):
+    """A Spec, and how the model stands. One whose files never worked has no Spec to show: those fields are absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str
+    status: Literal["ready", "loading", "failed"]
+    error: str | None = Field(None, description="why it failed or, of a ready model, why a newer version was refused")
+    family: str | None = None
+    image: ImageShape | None = None
+    steps: Steps | None = None
+    solvers: list[str] | None = None
+    likelihood: Likelihood | None = None
+    conditioning: Conditioning | None = None
+    prediction: str | None = None
+    accepts: dict[str, dict[str, Any]] | None = None
+    metrics: dict[str, Any] = {}
+    sha256: str | None = Field(None, description="of the weights: the `model_sha256` of answers")
+
+
+class ModelList(Answer):
+    models: list[ModelEntry]
+
+
+class Health(Answer):
+    status: Literal["ok", "ready"]
+
+
+class ProblemDetails(Answer):
+    """RFC 9457."""
+
+    class Error(Answer):
+        loc: list[str | int]
+        msg: str
+        input: Any
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[Error] = []

@@ -1,0 +1,35 @@
+"""What an operator may set: environment variables `DRAWWELL_<NAME>`, or arguments of `Settings`.
+
+Built by the composition roots (`__main__`, tests), never at import. A value outside its bounds stops the start with a message.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="DRAWWELL_", frozen=True)
+
+    models: Path = Field(Path("zoo"), description="folder whose subfolders are the checkpoints to serve")
+    host: str = Field("127.0.0.1", description="address that the API listens on")
+    port: int = Field(8000, ge=0, le=65535, description="port that the API listens on; 0: any free one")
+
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="longest request body, in bytes")
+    max_images: int = Field(64, ge=1, description="most images (n) of one generate request")
+    max_score_images: int = Field(64, ge=1, description="most images of one score request")
+    max_image_side: int = Field(4096, ge=1, description="widest and highest image that is decoded, in pixels")
+    queue_units: int = Field(
+        200_000, ge=1, description="work that may be queued, in step-units: rows × steps × network evaluations a step"
+    )
+    request_timeout: float = Field(
+        300.0, gt=0, allow_inf_nan=False, description="longest that a request may take, in seconds"
+    )
+
+    catalog_poll_seconds: float = Field(1.0, gt=0, description="how often the models folder is looked at, in seconds")
+    keep_alive_seconds: float = Field(
+        10.0, gt=0, description="how long a stream may be silent before a comment keeps it open"
+    )

@@ -1,0 +1,193 @@
+"""The engine on toy chains: exactness in any crowd, isolation, cancellation, deadlines, versions."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+from toys import Config, Walk
+
+from models._protocol import ImageSpace
+from service.engine import Engine
+from service.messages import Completed, Failed, Generate, ImageDone, Message, Progress, Scored, ScoreImages, Started
+
+SPACE = ImageSpace(width=3, height=2, channels=1)
+
+
+class Desk:
+    """An engine with its messages collected by job, on a clock that the test may move."""
+
+    def __init__(self, config: Config = Config(), **engine: Any) -> None:  # noqa: B008 (frozen)
+        self.told: dict[str, list[Message]] = defaultdict(list)
+        self.finals: dict[str, int] = defaultdict(int)
+        self.engine = Engine(self._emit, **engine)
+        self.engine.put("walk", "1", Walk(config, SPACE))
+
+    def _emit(self, job: str, message: Message, final: bool) -> None:
+        assert not self.finals[job], "told after the final message"
+        self.told[job].append(message)
+        self.finals[job] += final
+
+    def run(self) -> None:
+        while self.engine.step():
+            pass
+
+    def images(self, job: str) -> list[np.ndarray]:
+        done = {m.sample: m.pixels for m in self.told[job] if isinstance(m, ImageDone)}
+        return [done[k] for k in sorted(done)]
+
+    def last(self, job: str) -> Message:
+        return self.told[job][-1]
+
+
+def alone(task: Generate) -> list[np.ndarray]:
+    desk = Desk()
+    desk.engine.submit("a", "walk", task)
+    desk.run()
+    return desk.images("a")
+
+
+def test_a_request_is_drawn_the_same_alone_and_in_any_crowd() -> None:
+    rng = random.Random(1)
+    for _ in range(20):
+        desk = Desk(max_rows=rng.choice([1, 3, 8, 64]))
+        tasks = {
+            f"job{k}": Generate(n=rng.randint(1, 5), seed=rng.getrandbits(64), steps=rng.randint(1, 30), temperature=rng.random())
+            for k in range(12)
+        }
+        waiting = list(tasks)
+        while waiting or desk.engine.jobs:
+            if waiting and rng.random() < 0.4:
+                name = waiting.pop()
+                desk.engine.submit(name, "walk", tasks[name])
+            desk.engine.step()
+        for name, task in tasks.items():
+            np.testing.assert_array_equal(desk.images(name), alone(task))
+            assert isinstance(desk.last(name), Completed)
+
+
+def test_image_k_does_not_depend_on_n() -> None:
+    one, four = alone(Generate(1, seed=5, steps=7)), alone(Generate(4, seed=5, steps=7))
+    np.testing.assert_array_equal(one[0], four[0])
+    assert not np.array_equal(four[0], four[1])
+
+
+def test_a_job_is_told_in_order_started_progress_images_completed() -> None:
+    desk = Desk()
+    desk.engine.submit("a", "walk", Generate(2, seed=1, steps=10, preview_every=4))
+    desk.run()
+    kinds = [type(m) for m in desk.told["a"]]
+    assert kinds[0] is Started
+    assert kinds[-3:] == [ImageDone, ImageDone, Completed]
+    progress = [m for m in desk.told["a"] if isinstance(m, Progress)]
+    assert {4, 8} <= {m.step for m in progress if m.previews}
+    assert [m.step for m in progress] == sorted({m.step for m in progress})
+    assert all(len(m.previews) == 2 for m in progress if m.previews)
+    done = desk.last("a")
+    assert isinstance(done, Completed)
+    assert done.network_evaluations == 20
+    assert done.compute_seconds > 0
+
+
+def test_a_row_that_raises_fails_alone() -> None:
+    desk = Desk(Config(poison=13))
+    good = {f"good{k}": Generate(3, seed=100 + k, steps=6 + k) for k in range(4)}
+    for name, task in good.items():
+        desk.engine.submit(name, "walk", task)
+    desk.engine.submit("bad", "walk", Generate(2, seed=13, steps=9))
+    desk.run()
+    assert desk.last("bad") == Failed("row", "RuntimeError: poisoned row")
+    for name, task in good.items():
+        np.testing.assert_array_equal(desk.images(name), alone(task))
+
+
+def test_a_row_that_turns_nan_fails_alone() -> None:
+    desk = Desk(Config(sick=13))
+    desk.engine.submit("good", "walk", Generate(3, seed=1, steps=6))
+    desk.engine.submit("bad", "walk", Generate(2, seed=13, steps=6))
+    desk.run()
+    assert isinstance(desk.last("bad"), Failed)
+    assert "not finite" in desk.last("bad").detail  # type: ignore[union-attr]
+    assert not desk.images("bad")
+    np.testing.assert_array_equal(desk.images("good"), alone(Generate(3, seed=1, steps=6)))
+
+
+def test_cancelled_work_is_gone_at_the_next_step_and_changes_nobody() -> None:
+    desk = Desk()
+    desk.engine.submit("keep", "walk", Generate(2, seed=1, steps=20))
+    for k in range(10):
+        desk.engine.submit(f"gone{k}", "walk", Generate(3, seed=k, steps=500))
+    for _ in range(5):
+        desk.engine.step()
+    for k in range(10):
+        desk.engine.cancel(f"gone{k}")
+    desk.engine.step()
+    assert all(desk.last(f"gone{k}") == Failed("cancelled", "the job was cancelled before it finished") for k in range(10))
+    assert desk.engine.jobs == 1
+    desk.run()
+    np.testing.assert_array_equal(desk.images("keep"), alone(Generate(2, seed=1, steps=20)))
+
+
+def test_work_past_its_deadline_is_dropped_whether_it_waits_or_runs() -> None:
+    now = [0.0]
+    desk = Desk(max_rows=2, clock=lambda: now[0])
+    desk.engine.submit("runs", "walk", Generate(2, seed=1, steps=100), timeout=5)
+    desk.engine.submit("waits", "walk", Generate(2, seed=2, steps=1), timeout=5)
+    desk.engine.submit("patient", "walk", Generate(1, seed=3, steps=1), timeout=50)
+    desk.engine.step()
+    now[0] = 6
+    desk.run()
+    for job in ("runs", "waits"):
+        assert desk.last(job) == Failed("expired", "the job was expired before it finished")
+    assert isinstance(desk.last("patient"), Completed)
+
+
+def test_scores_are_told_by_image_with_statistics() -> None:
+    images = np.arange(5 * 6, dtype=np.uint8).reshape(5, 1, 2, 3)
+    desk = Desk(max_rows=3)
+    desk.engine.submit("s", "walk", ScoreImages(images, (-1,) * 5))
+    desk.run()
+    scores = {m.index: m for m in desk.told["s"] if isinstance(m, Scored)}
+    for k in range(5):
+        assert scores[k].log_prob == pytest.approx(-float(images[k].sum()), rel=1e-6)
+        assert scores[k].statistics["sum"] == pytest.approx(images[k].sum() / 255, rel=1e-6)
+
+
+def test_short_jobs_do_not_wait_for_long_ones() -> None:
+    desk = Desk()
+    desk.engine.submit("long", "walk", Generate(8, seed=1, steps=1000))
+    for _ in range(3):
+        desk.engine.step()
+    desk.engine.submit("short", "walk", Generate(1, seed=2, steps=10))
+    for _ in range(10):
+        desk.engine.step()
+    assert isinstance(desk.last("short"), Completed)
+    assert desk.engine.jobs == 1
+
+
+def test_a_new_version_takes_new_jobs_while_the_old_one_finishes_its_own() -> None:
+    desk = Desk()
+    desk.engine.submit("old", "walk", Generate(1, seed=1, steps=8))
+    desk.engine.step()
+    changed = Walk(Config(), SPACE)
+    changed.weight.data.fill_(0.25)
+    desk.engine.put("walk", "2", changed)
+    desk.engine.submit("new", "walk", Generate(1, seed=1, steps=8))
+    desk.run()
+    np.testing.assert_array_equal(desk.images("old"), alone(Generate(1, seed=1, steps=8)))
+    assert not np.array_equal(desk.images("new"), desk.images("old"))
+    desk.engine.remove("walk")
+    desk.engine.submit("late", "walk", Generate(1, seed=1, steps=8))
+    assert desk.last("late") == Failed("unknown-model", "model: walk is not loaded here")
+
+
+def test_the_same_job_twice_is_refused_without_harm_to_the_first() -> None:
+    desk = Desk()
+    desk.engine.submit("a", "walk", Generate(1, seed=1, steps=3))
+    with pytest.raises(ValueError, match="a is there already"):
+        desk.engine.submit("a", "walk", Generate(1, seed=1, steps=3))
+    desk.run()
+    assert isinstance(desk.last("a"), Completed)
