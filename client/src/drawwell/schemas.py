@@ -1,0 +1,263 @@
+"""What the server sends, as values. Fields that a later server adds are ignored."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, overload
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Schema(BaseModel):
+    """Frozen; unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True, protected_namespaces=())
+
+
+def decode(value: Any) -> Image.Image:
+    """A picture from base64. Raises `ValueError`."""
+    if isinstance(value, Image.Image):
+        return value
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode(value, validate=True)))
+        picture.load()
+    except (TypeError, binascii.Error, UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"not a base64 picture: {error}") from error
+    return picture
+
+
+Picture = Annotated[Image.Image, BeforeValidator(decode)]
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+class Size(Schema):
+    """Pixels."""
+
+    width: int
+    height: int
+    channels: int
+
+
+class Steps(Schema):
+    """How many steps a sample takes, and what a step is."""
+
+    kind: Literal["one-step", "iterative"]
+    unit: str
+    min: int
+    default: int
+    max: int
+    network_evaluations_per_step: int
+
+
+class Likelihood(Schema):
+    """What the number that `score` returns is."""
+
+    kind: Literal["exact", "bound", "estimate", "unnormalised"]
+    dequantisation: str | None = None
+    note: str | None = None
+
+
+class Conditioning(Schema):
+    """What can be asked for: one of the labels, or a caption."""
+
+    labels: tuple[str, ...] = ()
+    captions: bool = False
+
+
+class Model(Schema):
+    """What a model is and what a request to it may set."""
+
+    id: str
+    family: str | None = None
+    status: Literal["ready", "loading", "failed"]
+    error: str | None = None  # why it failed
+    image: Size | None = None
+    steps: Steps | None = None
+    solvers: tuple[str, ...] = ()
+    likelihood: Likelihood | None = None  # None: it cannot score
+    conditioning: Conditioning | None = None
+    accepts: dict[str, Any] = Field(default_factory=dict)  # field of `generate` -> JSON schema
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    sha256: str | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Class names in index order; empty where it takes no label."""
+        return self.conditioning.labels if self.conditioning else ()
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+class Usage(Schema):
+    """What an answer cost."""
+
+    queue_seconds: float
+    compute_seconds: float
+    network_evaluations: int | None = None
+
+
+class GeneratedImage(Schema):
+    """One image of an answer; it can be drawn again from (seed, sample)."""
+
+    picture: Picture = Field(alias="b64_json")
+    seed: int
+    sample: int
+
+
+class Generated(Schema):
+    """The answer to `POST /generate`."""
+
+    id: str
+    model: str
+    family: str
+    steps: int
+    seed: int
+    images: tuple[GeneratedImage, ...]
+    width: int
+    height: int
+    channels: int
+    usage: Usage
+    model_sha256: str | None = None
+
+
+class Images(Sequence[Image.Image]):
+    """Generated pictures, with all that it takes to draw them again."""
+
+    def __init__(self, answer: Generated) -> None:
+        self.id = answer.id
+        self.model = answer.model
+        self.family = answer.family
+        self.seed = answer.seed
+        self.steps = answer.steps
+        self.size = (answer.width, answer.height)
+        self.channels = answer.channels
+        self.usage = answer.usage
+        self.model_sha256 = answer.model_sha256
+        self.samples = tuple(image.sample for image in answer.images)
+        self._pictures = tuple(image.picture for image in answer.images)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | Sequence[Image.Image]:
+        return self._pictures[index]
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self._pictures)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} images by {self.model}, seed {self.seed}, {self.size[0]}×{self.size[1]}>"
+
+    def grid(self, columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
+        """All of them in one picture, row by row, each enlarged `scale` times, hard edges; `gap` in pixels."""
+        return grid(self._pictures, columns, scale, gap)
+
+    def save(self, folder: str | Path, suffix: str = ".png") -> list[Path]:
+        """One file per picture, named after model, seed and sample."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{self.model}-{self.seed}-{sample}{suffix}" for sample in self.samples]
+        for path, picture in zip(paths, self._pictures, strict=True):
+            picture.save(path)
+        return paths
+
+
+def grid(pictures: Sequence[Image.Image], columns: int | None = None, scale: int = 1, gap: int = 2) -> Image.Image:
+    """Pictures of one size in one picture, row by row, on white. Raises `ValueError` for none, or for several sizes."""
+    if not pictures:
+        raise ValueError("grid: no pictures")
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) > 1:
+        raise ValueError(f"grid: pictures of different sizes: {sorted(sizes)}")
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = (side * scale for side in sizes.pop())
+    mode = pictures[0].mode if len({picture.mode for picture in pictures}) == 1 else "RGB"
+    sheet = Image.new(mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for k, picture in enumerate(pictures):
+        row, column = divmod(k, columns)
+        enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+class Anomaly(Schema):
+    """Is the image unlike what the model has learnt? A p-value against images that are not anomalies."""
+
+    score: float  # higher: more unlike
+    p_value: float  # of a normal image to score as high
+    is_anomaly: bool  # p_value ≤ alpha
+    alpha: float
+    threshold: float | None = None  # of `score`
+    false_positive_rate_upper95: float | None = None  # what alpha promises with 95 % confidence
+
+    def __str__(self) -> str:
+        return f"{'anomaly' if self.is_anomaly else 'normal'} (p = {self.p_value:.3g}, alpha {self.alpha:g})"
+
+
+class Score(Schema):
+    """What a model says of one image."""
+
+    log_prob: float | None = None  # nats of the whole 8-bit image; None where there is only an energy
+    bits_per_dim: float | None = None
+    energy: float | None = None
+    stderr: float | None = None  # nats, of an estimate
+    anomaly: Anomaly | None = None  # None: the model is not calibrated
+    statistics: dict[str, float | None] = Field(default_factory=dict)
+    heatmap: Picture | None = None
+
+
+class Scored(Schema):
+    """The answer to `POST /score`."""
+
+    model: str | tuple[str, ...]
+    family: str | tuple[str, ...] | None = None
+    kind: str | None = None
+    dequantisation: str | None = None
+    results: tuple[Score, ...]
+    calibration: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class Scores(Sequence[Score]):
+    """A score for each image, in order, and what kind of number `log_prob` is."""
+
+    def __init__(self, answer: Scored) -> None:
+        self.model = answer.model
+        self.family = answer.family
+        self.kind = answer.kind
+        self.dequantisation = answer.dequantisation
+        self.calibration = answer.calibration
+        self.warnings = answer.warnings
+        self._results = answer.results
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    @overload
+    def __getitem__(self, index: int) -> Score: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Score]: ...
+    def __getitem__(self, index: int | slice) -> Score | Sequence[Score]:
+        return self._results[index]
+
+    def __iter__(self) -> Iterator[Score]:
+        return iter(self._results)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} scores ({self.kind}) by {self.model}>"

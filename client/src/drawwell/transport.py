@@ -1,0 +1,108 @@
+"""One request until it is answered: which failures deserve another attempt, how long to wait, which error to raise."""
+
+from __future__ import annotations
+
+import email.utils
+import random
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import httpx
+
+from drawwell.errors import ApiError, Busy, ContractError, Invalid, NotFound, ServerError, TimedOut, TransportError
+
+# Worth another attempt: the server was busy, or something between it and us was.
+RETRIED = frozenset({408, 425, 429, 502, 503, 504})
+LONGEST_WAIT = 60.0  # seconds; a server that asks for more gets no further attempt
+
+_KINDS: dict[int, type[ApiError]] = {404: NotFound, 400: Invalid, 413: Invalid, 415: Invalid, 422: Invalid}
+
+
+class Transport:
+    """Sends requests, and again where that may help. A generated image is a function of its request, so that is
+    always safe; one idempotency key is kept over all attempts, so that the work is not even done twice."""
+
+    def __init__(self, http: httpx.Client, retries: int, sleep: Callable[[float], None] = time.sleep) -> None:
+        if retries < 0:
+            raise ValueError(f"retries: {retries} is negative")
+        self.http = http
+        self.retries = retries
+        self.sleep = sleep
+
+    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The answer's JSON. Raises a `DrawwellError`."""
+        response = self._send(method, path, body)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise ContractError(f"{response.url}: an answer that is not JSON: {response.text[:200]!r}") from error
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
+        headers = {"Idempotency-Key": str(uuid.uuid4())} if method == "POST" else {}
+        attempt = 0
+        while True:
+            try:
+                response = self.http.request(method, path, json=body, headers=headers)
+            except httpx.TransportError as error:
+                wait = backoff(attempt)
+                failure: TransportError | ApiError = _transport_error(error)
+            else:
+                if response.is_success:
+                    return response
+                failure = api_error(response)
+                if response.status_code not in RETRIED:
+                    raise failure
+                asked = retry_after(response)
+                wait = backoff(attempt) if asked is None else asked
+            if attempt >= self.retries or wait > LONGEST_WAIT:
+                raise failure
+            self.sleep(wait)
+            attempt += 1
+
+
+def backoff(attempt: int) -> float:
+    """Seconds before the next attempt: about 0.5, 1, 2, 4, 8, 8, …, spread so that clients do not return all at once."""
+    return min(8.0, 0.5 * 2.0**attempt) * random.uniform(0.75, 1.25)
+
+
+def retry_after(response: httpx.Response) -> float | None:
+    """Seconds that the server asks to wait: `Retry-After` as a number or as a date; None where it does not say."""
+    value = response.headers.get("Retry-After", "").strip()
+    if not value:
+        return None
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        try:
+            when = email.utils.parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        return max(0.0, when.timestamp() - time.time())
+
+
+def api_error(response: httpx.Response) -> ApiError:
+    """The error that an answer stands for."""
+    status, request_id = response.status_code, response.headers.get("X-Request-ID")
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = None
+    if not isinstance(problem, Mapping):
+        problem = {"title": f"HTTP {status}", "detail": response.text[:200]}
+    if status in (429, 503):
+        return Busy(problem, status=status, request_id=request_id, retry_after=retry_after(response))
+    kind = _KINDS.get(status, ServerError if status >= 500 else ApiError)
+    return kind(problem, status=status, request_id=request_id)
+
+
+def _transport_error(error: httpx.TransportError) -> TransportError:
+    # httpx sets the request on every error that its own transports raise.
+    where = error.request.url
+    if isinstance(error, httpx.TimeoutException):
+        result: TransportError = TimedOut(f"{where}: no answer in time ({type(error).__name__})")
+    else:
+        result = TransportError(f"{where}: {error or type(error).__name__}")
+    result.__cause__ = error
+    return result
