@@ -121,6 +121,7 @@ def _update(optimiser: torch.optim.AdamW, loss: Tensor, clip: float | None, fabr
         nn.utils.clip_grad_norm_(parameters, clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
+    torch.clear_autocast_cache()  # it holds the weights as they were before this step
 
 
 def _share_buffers(model: nn.Module, fabric: Fabric) -> None:
