@@ -63,7 +63,7 @@ class Transport:
 
 
 def backoff(attempt: int) -> float:
-    """Seconds before the next attempt: about 0.5, 1, 2, 4, 8, 8, …, spread so that clients do not return all at once."""
+    """Seconds before the next attempt: about 0.5, 1, 2, 4, 8, 8 …, spread so that clients do not all return at once."""
     return min(8.0, 0.5 * 2.0**attempt) * random.uniform(0.75, 1.25)
 
 

@@ -1,0 +1,53 @@
+# One word per duty. `make` alone lists them.
+#
+#   make train RECIPE=fashion-mnist-vae ARGS="--steps 1000"      make test ARGS="-k client"
+#   PYTHON and VENV choose the interpreter and where the virtual environment lies.
+
+PYTHON ?= python3
+VENV ?= .venv
+MODELS ?= zoo
+PORT ?= 8000
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve train test check format bench clean
+
+help: ## list these words
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make the virtual environment and install everything, in the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml client/pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Drawwell needs Python 3.11 or later; $(PYTHON) is " + sys.version.split()[0] + " (another one: make PYTHON=python3.12 …)")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' -e ./client
+	@touch $@
+
+demo: $(INSTALLED) ## serve the models of zoo/, draw and score with each of them, then go on serving
+	@$(BIN)/python scripts/demo.py --models $(MODELS) --port $(PORT) --out demo-out
+
+serve: $(INSTALLED) ## serve the models of zoo/ (MODELS=…, PORT=…)
+	$(BIN)/python -m service serve --models $(MODELS) --port $(PORT) $(ARGS)
+
+train: $(INSTALLED) ## train by a recipe: RECIPE=…; without one, list them
+	$(BIN)/python -m training $(if $(RECIPE),run $(RECIPE) $(ARGS),list)
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(INSTALLED) ## format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## put the code into its format, and mend what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## measure speed, side by side with other servers
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove what can be made again (not runs/, not the data)
+	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,158 @@
+"""python -m drawwell.demo: shows every model of a server. Draws a sheet with each, then scores a few pictures.
+
+It uses nothing but the client: what it does, any program can do. Needs the extra `drawwell[demo]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from drawwell.client import Client
+from drawwell.errors import DrawwellError
+from drawwell.schemas import Images, Model, Score
+
+try:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit("the demo shows its progress with `rich`: pip install 'drawwell[demo]'") from error
+
+CAPTION = "two small red circles above a blue square"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m drawwell.demo", description="Show every model of a Drawwell server."
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-out"), help="folder for the pictures (default: %(default)s)"
+    )
+    parser.add_argument("--n", type=int, default=16, help="images to draw with each model (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=7, help="the same seed draws the same images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--wait", type=float, default=300.0, help="seconds to wait for the server (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    console = Console()
+    try:
+        with Client(arguments.url) as well:
+            return show(well, console, arguments.out, arguments.n, arguments.seed, arguments.wait)
+    except DrawwellError as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        return 1
+
+
+def show(well: Client, console: Console, out: Path, n: int, seed: int, wait: float) -> int:
+    """The whole demo; 1 where nothing could be shown or a model failed. Raises a `DrawwellError`."""
+    with console.status("waiting for a worker to load the models"):
+        well.wait_until_ready(wait)
+    models = well.models()
+    for model in models:
+        if model.status == "failed":
+            console.print(f"{model.id} could not be loaded: {model.error}", style="red", markup=False)
+    ready = [model for model in models if model.status == "ready"]
+    if not ready:
+        console.print("the server has no model that is ready", style="red")
+        return 1
+    drawn = draw(well, console, ready, out, n, seed)
+    score(well, console, ready, drawn, out)
+    return int(len(ready) < len(models))
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+
+
+def draw(well: Client, console: Console, models: Sequence[Model], out: Path, n: int, seed: int) -> dict[str, Images]:
+    """A sheet of `n` images by each model, saved in `out`; the images by model."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    table = Table(
+        "model", "what", "steps", "seconds", "images/s", "saved as", title=f"{n} images by each model, seed {seed}"
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        for k, model in enumerate(models, start=1):
+            task = progress.add_task(f"{k} of {len(models)}: {model.id} draws")
+            started = time.perf_counter()
+            images = well.generate(model.id, n=n, seed=seed, prompt=_prompt(model))
+            seconds = time.perf_counter() - started
+            progress.remove_task(task)
+            path = out / f"{model.id}.png"
+            images.grid(scale=max(1, 96 // max(images.size))).save(path)
+            unit = model.steps.unit if model.steps else "step"
+            table.add_row(
+                model.id, images.family, f"{images.steps} × {unit}", f"{seconds:.2f}", f"{n / seconds:.1f}", str(path)
+            )
+            drawn[model.id] = images
+    console.print(table)
+    return drawn
+
+
+def _prompt(model: Model) -> str | None:
+    return CAPTION if model.conditioning and model.conditioning.captions else None
+
+
+# ------------------------------------------------------------------------------------------------------------- scoring
+
+
+def score(well: Client, console: Console, models: Sequence[Model], drawn: dict[str, Images], out: Path) -> None:
+    """Every model that has a likelihood scores one image by each model, and a few that no model has drawn."""
+    scorers = [model for model in models if model.likelihood is not None and model.image is not None]
+    if not scorers:
+        console.print("no model here has a likelihood, so none can score")
+        return
+    for scorer in scorers:
+        candidates = _candidates(scorer, drawn)
+        with console.status(f"{scorer.id} scores {len(candidates)} pictures"):
+            scores = well.score(scorer.id, candidates.values())
+        table = Table(
+            "picture", "bits/dim (lower: likelier)", "p-value", "verdict", title=f"{scorer.id} ({scores.kind})"
+        )
+        for name, picture, result in zip(candidates, candidates.values(), scores, strict=True):
+            path = out / "scored" / f"{scorer.id}-{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+            table.add_row(str(path), _number(result), *_verdict(result))
+        console.print(table)
+        for warning in scores.warnings:
+            console.print(f"note: {warning}", markup=False)
+
+
+def _candidates(scorer: Model, drawn: dict[str, Images]) -> dict[str, Image.Image]:
+    """Pictures of the scorer's size: one by every model, then one of them upside down, noise, and plain grey."""
+    assert scorer.image is not None
+    size, channels = (scorer.image.width, scorer.image.height), scorer.image.channels
+    fitting = {name: images[0] for name, images in drawn.items() if (images.size, images.channels) == (size, channels)}
+    pictures = {f"by-{name}": picture for name, picture in fitting.items()}
+    mode = "L" if channels == 1 else "RGB"
+    if fitting:
+        pictures["upside-down"] = ImageOps.flip(next(iter(fitting.values())))
+    pictures["noise"] = Image.effect_noise(size, 80).convert(mode)
+    pictures["grey"] = Image.new(mode, size, "grey")
+    return pictures
+
+
+def _number(result: Score) -> str:
+    if result.bits_per_dim is not None:
+        return f"{result.bits_per_dim:.3f}"
+    return "–" if result.energy is None else f"energy {result.energy:.1f}"
+
+
+def _verdict(result: Score) -> tuple[str, str]:
+    if result.anomaly is None:
+        return "–", "not calibrated"
+    return f"{result.anomaly.p_value:.4f}", "anomaly" if result.anomaly.is_anomaly else "normal"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
