@@ -62,7 +62,12 @@ def describe(schema: Mapping[str, Any]) -> str:
     name = {"integer": "an integer", "number": "a number"}.get(str(kind), "a value")
     bounds = [
         f"{words} {schema[key]}"
-        for words, key in (("from", "minimum"), ("above", "exclusiveMinimum"), ("to", "maximum"), ("below", "exclusiveMaximum"))
+        for words, key in (
+            ("from", "minimum"),
+            ("above", "exclusiveMinimum"),
+            ("to", "maximum"),
+            ("below", "exclusiveMaximum"),
+        )
         if key in schema
     ]
     return " ".join([name, *bounds])

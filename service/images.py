@@ -37,7 +37,17 @@ _GRID_PADDING = 2  # pixels between the images of a grid
 _LOOP_PIXELS = 100_000  # more than these, and a codec takes more than a few milliseconds: off the event loop
 
 # All that Pillow's decoders, numpy's and zlib raise for bytes that are no image of their format.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 
 
 class ImageRefused(ValueError):
@@ -183,9 +193,15 @@ def _npy(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded
     _check_size(width, height, shape, resize, max_side)
     content = np.frombuffer(data, np.uint8, offset=file.tell())
     if content.size != math.prod(dims):
-        raise ImageRefused(f"an npy of {content.size:,} bytes for shape {dims}, which is {math.prod(dims):,}: cut off, or too long")
+        raise ImageRefused(
+            f"an npy of {content.size:,} bytes for shape {dims}, which is {math.prod(dims):,}: cut off, or too long"
+        )
     array = content.reshape(dims, order="F" if by_column else "C")
-    return _fit(Image.fromarray(np.ascontiguousarray(array.reshape(height, width) if array.size == height * width else array)), shape, resize)
+    return _fit(
+        Image.fromarray(np.ascontiguousarray(array.reshape(height, width) if array.size == height * width else array)),
+        shape,
+        resize,
+    )
 
 
 def _finish(image: ImageFile, shape: ImageShape, resize: bool, max_side: int, *, says_channels: bool) -> Decoded:

@@ -89,25 +89,9 @@ async def follow(broker: Broker, job: Job) -> AsyncGenerator[Told]:
 
 
 async def outcome(broker: Broker, job: Job, deadline: float) -> list[Told]:
-    """All that a job tells, once it is complete. Raises `TimedOut` at `deadline`, on the event loop's clock."""
-    async with within(deadline), aclosing(follow(broker, job)) as told:
+    """All that a job tells, once it is complete. Raises `TimeoutError` at `deadline`, on the event loop's clock."""
+    async with asyncio.timeout_at(deadline), aclosing(follow(broker, job)) as told:
         return [message async for message in told]
-
-
-class within:
-    """`async with within(deadline)`: as `asyncio.timeout_at`, but raises `TimedOut`."""
-
-    def __init__(self, deadline: float) -> None:
-        self._timeout = asyncio.timeout_at(deadline)
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *exc: Any) -> None:
-        try:
-            await self._timeout.__aexit__(*exc)
-        except TimeoutError as e:
-            raise errors.TimedOut from e
 
 
 async def pausing(source: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None]:

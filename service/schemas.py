@@ -21,7 +21,9 @@ def _label(value: Any) -> Any:
 
 def _one_model(value: Any) -> Any:
     if isinstance(value, list):
-        raise PydanticCustomError("ensemble", "this server scores with one model at a time, not with a list of them (an ensemble)")
+        raise PydanticCustomError(
+            "ensemble", "this server scores with one model at a time, not with a list of them (an ensemble)"
+        )
     return value
 
 
@@ -37,20 +39,28 @@ class Request(BaseModel):
 
 
 class JobOptions(Request):
-    priority: Literal["interactive", "batch"] = Field("interactive", description="batch waits until nothing interactive does")
-    timeout: float | None = Field(None, description="seconds after which nobody needs the answer; the server has a limit", examples=[30])
+    priority: Literal["interactive", "batch"] = Field(
+        "interactive", description="batch waits until nothing interactive does"
+    )
+    timeout: float | None = Field(
+        None, description="seconds after which nobody needs the answer; the server has a limit", examples=[30]
+    )
 
 
 class GenerateRequest(JobOptions):
     """Draw images. Only `model` is required; what else a model takes is in its `accepts`."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "fashion-mnist-ddpm", "n": 4, "seed": 7, "steps": 50, "solver": "ddim"}]}
+        json_schema_extra={
+            "examples": [{"model": "fashion-mnist-ddpm", "n": 4, "seed": 7, "steps": 50, "solver": "ddim"}]
+        }
     )
 
     model: ModelId
     n: int = Field(1, description="number of images; image k is the same whatever n is")
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="unsigned, 64 bits; not given: the server picks one")
+    seed: int | None = Field(
+        None, ge=0, le=LARGEST_SEED, description="unsigned, 64 bits; not given: the server picks one"
+    )
     steps: int | None = Field(None, description="steps a sample takes")
     solver: str | None = Field(None, description="how a diffusion model steps")
     label: Annotated[Label | None, BeforeValidator(_label)] = None
@@ -58,7 +68,9 @@ class GenerateRequest(JobOptions):
     guidance_scale: float | None = Field(None, description="strength of classifier-free guidance; 1: none")
     temperature: float | None = Field(None, description="below 1: less varied than the model")
     format: Format = Field("png", description="how images are encoded; npy: uint8 (height, width, channels)")
-    preview_every: int | None = Field(None, description="steps between the previews of a stream; not given: no previews")
+    preview_every: int | None = Field(
+        None, description="steps between the previews of a stream; not given: no previews"
+    )
     stream: bool = Field(False, description="answer with events (`text/event-stream`), as `Accept` can ask too")
 
 
@@ -68,7 +80,8 @@ class ScoreOptions(JobOptions):
     alpha: float = Field(0.01, gt=0, lt=1, description="false alarms to accept among normal images")
     heatmap: bool = Field(False, description="also say where in the image it is unlikely")
     resize: bool = Field(
-        False, description="bring images of another size or channel count to the model's; such scores are not comparable"
+        False,
+        description="bring images of another size or channel count to the model's; such scores are not comparable",
     )
 
 
@@ -79,7 +92,9 @@ class ScoreRequest(ScoreOptions):
         json_schema_extra={"examples": [{"model": "fashion-mnist-pixelcnn", "images": ["iVBORw0KGgo…"], "alpha": 0.01}]}
     )
 
-    images: list[str] = Field(description="base64 of PNG, JPEG, WebP or npy (uint8, (height, width) or (height, width, channels))")
+    images: list[str] = Field(
+        description="base64 of PNG, JPEG, WebP or npy (uint8, (height, width) or (height, width, channels))"
+    )
 
 
 class Answer(BaseModel):
@@ -91,7 +106,9 @@ class Answer(BaseModel):
 class Image(Answer):
     b64_json: str
     seed: int
-    sample: int = Field(description="the image's index k: it depends on weights, seed, k and the request's own parameters alone")
+    sample: int = Field(
+        description="the image's index k: it depends on weights, seed, k and the request's own parameters alone"
+    )
 
 
 class Usage(Answer):
@@ -139,9 +156,13 @@ class Anomaly(Answer):
 
 
 class ScoreResult(Answer):
-    log_prob: float | None = Field(description="nats of the whole 8-bit image; null where the family has only an energy")
+    log_prob: float | None = Field(
+        description="nats of the whole 8-bit image; null where the family has only an energy"
+    )
     bits_per_dim: float | None = Field(description="-log_prob / (D ln 2), D = width × height × channels")
-    energy: float | None = Field(None, exclude_if=lambda v: v is None, description="lower is likelier; of unnormalised models only")
+    energy: float | None = Field(
+        None, exclude_if=lambda v: v is None, description="lower is likelier; of unnormalised models only"
+    )
     stderr: float | None = Field(description="of log_prob where it is an estimate, in nats")
     anomaly: Anomaly | None = Field(description="null for a model that is not calibrated")
     statistics: dict[str, float]
@@ -204,11 +225,17 @@ class Spec(Answer):
     likelihood: Likelihood | None
     conditioning: Conditioning | None
     prediction: str | None = None
-    accepts: dict[str, dict[str, Any]] = Field(description="field of a generate request -> JSON schema of what is taken there")
+    accepts: dict[str, dict[str, Any]] = Field(
+        description="field of a generate request -> JSON schema of what is taken there"
+    )
 
     @property
     def labels(self) -> list[str]:
         return (self.conditioning.labels if self.conditioning else None) or []
+
+    def label_index(self, label: int | str | None) -> int | None:
+        """A label that the model takes, by name or index -> its index."""
+        return self.labels.index(label) if isinstance(label, str) else label
 
 
 class ModelEntry(Answer):

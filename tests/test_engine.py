@@ -55,7 +55,9 @@ def test_a_request_is_drawn_the_same_alone_and_in_any_crowd() -> None:
     for _ in range(20):
         desk = Desk(max_rows=rng.choice([1, 3, 8, 64]))
         tasks = {
-            f"job{k}": Generate(n=rng.randint(1, 5), seed=rng.getrandbits(64), steps=rng.randint(1, 30), temperature=rng.random())
+            f"job{k}": Generate(
+                n=rng.randint(1, 5), seed=rng.getrandbits(64), steps=rng.randint(1, 30), temperature=rng.random()
+            )
             for k in range(12)
         }
         waiting = list(tasks)
@@ -125,7 +127,9 @@ def test_cancelled_work_is_gone_at_the_next_step_and_changes_nobody() -> None:
     for k in range(10):
         desk.engine.cancel(f"gone{k}")
     desk.engine.step()
-    assert all(desk.last(f"gone{k}") == Failed("cancelled", "the job was cancelled before it finished") for k in range(10))
+    assert all(
+        desk.last(f"gone{k}") == Failed("cancelled", "the job was cancelled before it finished") for k in range(10)
+    )
     assert desk.engine.jobs == 1
     desk.run()
     np.testing.assert_array_equal(desk.images("keep"), alone(Generate(2, seed=1, steps=20)))

@@ -1,0 +1,76 @@
+"""The API process: HTTP in, jobs out. It holds no weights and imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service import errors
+from service.broker import Broker
+from service.catalog import Catalog
+from service.middleware import BodyLimit, RequestContext
+from service.routes import health, images, models, scores
+from service.routes._services import Services, limits
+from service.schemas import GenerateRequest, ProblemDetails, ScoreOptions, ScoreRequest
+from service.settings import Settings
+
+VERSION = "0.1.0"
+
+
+def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
+    """The application. While it runs it keeps the catalog fresh; broker and workers are the caller's to start and stop."""
+    services = Services(settings, broker, catalog, limits(settings))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        await asyncio.to_thread(catalog.refresh)
+        watching = asyncio.create_task(catalog.watch(settings.catalog_poll_seconds))
+        try:
+            yield
+        finally:
+            services.draining = True
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    app = FastAPI(
+        title="Drawwell",
+        version=VERSION,
+        summary="Draws images from every family of deep generative model, and says how likely an image is.",
+        lifespan=lifespan,
+    )
+    app.state.services = services
+    for routes in (images, scores, models, health):
+        app.include_router(routes.router)
+    errors.install(app)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(RequestContext)  # the last added is the outermost
+    _describe(app)
+    return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Complete the OpenAPI document, which the framework caches, with the bodies that routes read by themselves."""
+    bodies: list[type[BaseModel]] = [GenerateRequest, ScoreRequest, ScoreOptions, ProblemDetails]
+    _, found = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+    )
+    schemas: dict[str, Any] = found["$defs"]
+    form = schemas.pop("ScoreOptions")
+    files = {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "description": "PNG, JPEG, WebP or npy files",
+    }
+    schemas["ScoreForm"] = {
+        **form,
+        "title": "ScoreForm",
+        "properties": {**form["properties"], "images": files},
+        "required": [*form["required"], "images"],
+    }
+    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(schemas)

@@ -1,0 +1,95 @@
+"""Reading requests: bodies into wire types, and Accept into one of the media types on offer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.requests import Request
+
+from service.errors import Fault, Invalid, NotAcceptable, WrongMediaType, invalid
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+JSON = "application/json"
+MULTIPART = "multipart/form-data"
+_FILES = 1000  # of one form; how many images a request may hold is said by whoever reads them
+
+
+def media_type(request: Request) -> str:
+    """The body's media type, in lower case and without its parameters; empty where none is given."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def read_json(request: Request, schema: type[Schema]) -> Schema:
+    """The body as `schema`. Raises `WrongMediaType`, `Malformed` or `Invalid`."""
+    require_media_type(request, JSON)
+    try:
+        return schema.model_validate_json(await request.body())
+    except ValidationError as e:
+        raise invalid(e, list(schema.model_fields)) from e
+
+
+async def read_form(request: Request, schema: type[Schema], files: str) -> tuple[Schema, list[bytes]]:
+    """A multipart body: its text fields as `schema`, and the content of each file in the field `files`."""
+    require_media_type(request, MULTIPART)
+    texts: dict[str, str] = {}
+    contents: list[bytes] = []
+    async with request.form(max_files=_FILES) as form:
+        for name, value in form.multi_items():
+            if name == files and isinstance(value, UploadFile):
+                contents.append(await value.read())
+            elif name == files or isinstance(value, UploadFile):
+                wanted = "files" if name == files else "text"
+                raise Invalid(Fault(("body", name), f"takes {wanted} in a form"))
+            elif name in texts:
+                raise Invalid(Fault(("body", name), "given twice", value))
+            else:
+                texts[name] = value
+    try:
+        return schema.model_validate_strings(texts, strict=False), contents
+    except ValidationError as e:
+        raise invalid(e, [*schema.model_fields, files]) from e
+
+
+def require_media_type(request: Request, *known: str) -> None:
+    found = media_type(request)
+    if found not in known:
+        raise WrongMediaType(f"the body is {found or 'of no stated media type'}; {' or '.join(known)} is read here")
+
+
+def preferred(accept: str | None, offers: Sequence[str]) -> str:
+    """The offer that an Accept header likes best (RFC 9110, 12.5.1). Among equals the one that it names more exactly wins, then
+    the one offered first. Raises `NotAcceptable`."""
+    if accept is None or not accept.strip():
+        return offers[0]
+    ranges = [_media_range(part) for part in accept.split(",") if part.strip()]
+    best, best_rank = "", (0.0, 0)
+    for offer in offers:
+        # The most exact range that matches an offer is the one that speaks of it.
+        exact, quality = max(((exact, q) for name, exact, q in ranges if _covers(name, offer)), default=(0, 0.0))
+        if quality > 0 and (quality, exact) > best_rank:
+            best, best_rank = offer, (quality, exact)
+    if not best:
+        raise NotAcceptable(f"Accept: {accept[:200]}; there are {', '.join(offers)}")
+    return best
+
+
+def _media_range(part: str) -> tuple[str, int, float]:
+    """ "image/*;q=0.5" -> its name, how exact it is (1 to 3), and its quality; one that cannot be read is not wanted."""
+    name, *parameters = (p.strip().lower() for p in part.split(";"))
+    quality = 1.0
+    for parameter in parameters:
+        key, _, value = parameter.partition("=")
+        if key.strip() == "q":
+            try:
+                quality = min(1.0, max(0.0, float(value)))
+            except ValueError:
+                quality = 0.0
+    return name, 1 if name == "*/*" else 2 if name.endswith("/*") else 3, quality
+
+
+def _covers(media_range: str, media_type: str) -> bool:
+    return media_range in ("*/*", media_type, f"{media_type.partition('/')[0]}/*")

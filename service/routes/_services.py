@@ -1,0 +1,76 @@
+"""What routes work with: built by `create_app`, kept on the application, never a global."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+from fastapi import Depends, Request
+
+from service import errors
+from service.accepts import Accepts
+from service.broker import Broker, WorkerState
+from service.catalog import Catalog, Entry, Version
+from service.settings import Settings
+
+
+@dataclass
+class Services:
+    settings: Settings
+    broker: Broker
+    catalog: Catalog
+    limits: Accepts  # what settings allow, field by field
+    draining: bool = False  # shutting down: no longer ready
+
+    async def model(self, model: str) -> tuple[Entry, Version]:
+        """A model that can be asked for something, and its version in service. Raises `UnknownModel` or `Unavailable`."""
+        pool = await self.broker.pool()
+        entry = self.entry(model, pool, ("body", "model"))
+        if entry.version is None or entry.status == "failed":
+            raise errors.Unavailable(f"model: {model} cannot be used: {entry.error}")
+        return entry, entry.version
+
+    def entry(self, model: str, pool: Sequence[WorkerState], loc: tuple[str | int, ...]) -> Entry:
+        """Raises `UnknownModel`."""
+        try:
+            return self.catalog.entry(model, pool)
+        except KeyError:
+            raise errors.UnknownModel(model, self.catalog.ids, loc) from None
+
+
+def limits(settings: Settings) -> Accepts:
+    positive = {"type": "integer", "minimum": 1}
+    return Accepts(
+        {
+            "n": {**positive, "maximum": settings.max_images},
+            "preview_every": positive,
+            "timeout": {"type": "number", "exclusiveMinimum": 0, "maximum": settings.request_timeout},
+        }
+    )
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+Served: TypeAlias = Annotated[Services, Depends(_services)]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI: the problems that a route answers with."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
+    meanings = {
+        400: "The body cannot be parsed",
+        404: "There is no such model",
+        406: "None of the media types in Accept can be given",
+        413: "The body is too long",
+        415: "The body is of another media type",
+        422: "The request is not valid: `errors` names each field and its value",
+        429: "The queue is full: Retry-After says when to come back, in seconds",
+        500: "The server failed",
+        503: "No worker is ready, or the model cannot be used",
+        504: "The answer did not come in time",
+    }
+    return {status: {"description": meanings[status], "content": content} for status in statuses}

@@ -1,0 +1,30 @@
+"""GET /healthz: the process lives. GET /readyz: it can do its work."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from service import errors
+from service.routes._services import Served, problems
+from service.schemas import Health
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/healthz", response_model=Health)
+async def healthz() -> Health:
+    """The process lives."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", response_model=Health, responses=problems(503))
+async def readyz(services: Served) -> Health | Response:
+    """A worker has tried every model and warmed up those that work; 503 before that, and while shutting down."""
+    if services.draining:
+        raise errors.Unavailable("shutting down")
+    pool = await services.broker.pool()
+    if not any(worker.ready for worker in pool):
+        raise errors.Unavailable(
+            f"{len(pool)} workers are connected, none is ready yet" if pool else "no worker is connected"
+        )
+    return Health(status="ready")

@@ -1,0 +1,198 @@
+"""POST /score: say how likely images are."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from service import errors, images
+from service.bodies import JSON, MULTIPART, media_type, read_form, read_json, require_media_type
+from service.broker import Job
+from service.catalog import Version
+from service.errors import Fault
+from service.jobs import Told, outcome, unless_hung_up
+from service.messages import Completed, Pixels, Scored, ScoreImages, pack
+from service.routes._services import Served, Services, problems
+from service.schemas import ImageShape, Likelihood, ScoreOptions, ScoreRequest, ScoreResponse, ScoreResult
+
+router = APIRouter(tags=["scores"])
+
+_UNLABELLED = -1
+_DECODED_FAR_FROM_LOOP = 2**31  # whatever the model's size: images that are resized may be as large as the limit
+
+
+@router.post(
+    "/score",
+    response_model=ScoreResponse,
+    responses=problems(400, 404, 413, 415, 422, 429, 500, 503, 504),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                JSON: {"schema": {"$ref": "#/components/schemas/ScoreRequest"}},
+                MULTIPART: {"schema": {"$ref": "#/components/schemas/ScoreForm"}},
+            },
+        }
+    },
+)
+async def score(request: Request, services: Served) -> Response:
+    """Say how likely images are, in nats of the whole 8-bit image and in bits/dim.
+
+    Images come as base64 in JSON, or as files of a multipart form: PNG, JPEG, WebP, or npy (uint8). They must have the model's size
+    and channel count unless `resize` is true. `anomaly` needs a calibrated model: for others it is null, and a warning says so.
+    """
+    require_media_type(request, JSON, MULTIPART)
+    options: ScoreOptions
+    files: Sequence[str | bytes]
+    if media_type(request) == JSON:
+        options = body = await read_json(request, ScoreRequest)
+        files = body.images
+    else:
+        options, files = await read_form(request, ScoreOptions, "images")
+    timeout = options.timeout or services.settings.request_timeout
+    deadline = asyncio.get_running_loop().time() + timeout
+    version, likelihood = await _scorer(options.model, services)
+    label = _check(options, files, version, services, from_form=media_type(request) == MULTIPART)
+    pixels, resized = await _decode(files, version.spec.image, options.resize, services.settings.max_image_side)
+    job = Job(
+        id=uuid.uuid4().hex,
+        model=options.model,
+        payload=pack(ScoreImages(pixels, (label,) * len(pixels))),
+        rows=len(pixels),
+        units=len(pixels) * likelihood.steps,
+        priority=options.priority,
+        timeout=timeout,
+    )
+    told = await unless_hung_up(request.receive, outcome(services.broker, job, deadline))
+    answer = _answer(options, version, likelihood, _complete(told, len(pixels)), resized)
+    return Response(answer.model_dump_json(), media_type=JSON)
+
+
+async def _scorer(model: str, services: Services) -> tuple[Version, Likelihood]:
+    """A model's version in service and its likelihood. Raises `NoDensity` where it has none."""
+    entry, version = await services.model(model)
+    if version.spec.likelihood is None:
+        pool = await services.broker.pool()
+        able = [
+            e.id
+            for e in services.catalog.entries(pool)
+            if e.status != "failed" and e.version and e.version.spec.likelihood
+        ]
+        raise errors.NoDensity(entry.id, version.spec.family, able)
+    return version, version.spec.likelihood
+
+
+def _check(
+    options: ScoreOptions, files: Sequence[str | bytes], version: Version, services: Services, *, from_form: bool
+) -> int:
+    """Check fields against model and limits; the label's index, -1 without one."""
+    label = options.label
+    if (
+        from_form
+        and isinstance(label, str)
+        and label not in version.spec.labels
+        and label.isdecimal()
+        and len(label) < 10
+    ):
+        label = int(label)  # a form has no numbers
+    faults = [] if options.timeout is None else services.limits.faults({"timeout": options.timeout}, "this server")
+    if label is not None:
+        faults += version.accepts.faults({"label": label}, options.model)
+    most = services.settings.max_score_images
+    if not 1 <= len(files) <= most:
+        faults.append(Fault(("body", "images"), f"{len(files)} images; 1 to {most} are taken"))
+    if faults:
+        raise errors.Invalid(*faults)
+    index = version.spec.label_index(label)
+    return _UNLABELLED if index is None else index
+
+
+async def _decode(
+    files: Sequence[str | bytes], shape: ImageShape, resize: bool, max_side: int
+) -> tuple[Pixels, list[int]]:
+    """Files -> pixels (N, C, H, W), and which of them were resized. Raises `Invalid`, naming each that is refused."""
+
+    def work() -> tuple[list[Pixels], list[int], list[Fault]]:
+        decoded, resized, faults = [], [], []
+        for k, file in enumerate(files):
+            decode = images.decode_base64 if isinstance(file, str) else images.decode
+            try:
+                image = decode(file, shape, resize=resize, max_side=max_side)  # type: ignore[operator]
+            except images.ImageRefused as e:
+                faults.append(Fault(("body", "images", k), str(e), file if isinstance(file, str) else None))
+                continue
+            decoded.append(image.pixels)
+            if image.resized:
+                resized.append(k)
+        return decoded, resized, faults
+
+    cost = _DECODED_FAR_FROM_LOOP if resize else len(files) * shape.width * shape.height * shape.channels
+    decoded, resized, faults = await images.off_loop(cost, work)
+    if faults:
+        raise errors.Invalid(*faults)
+    return np.stack(decoded), resized
+
+
+def _complete(told: Sequence[Told], n: int) -> list[Scored]:
+    scored = {message.index: message for message in told if isinstance(message, Scored)}
+    if not isinstance(told[-1], Completed) or scored.keys() != set(range(n)):
+        raise RuntimeError(f"a job of {n} scores ended with {sorted(scored)} and {type(told[-1]).__name__}")
+    return [scored[k] for k in range(n)]
+
+
+def _answer(
+    options: ScoreOptions, version: Version, likelihood: Likelihood, scored: Sequence[Scored], resized: Sequence[int]
+) -> ScoreResponse:
+    shape = version.spec.image
+    return ScoreResponse(
+        model=options.model,
+        family=version.spec.family,
+        kind=likelihood.kind,
+        dequantisation=likelihood.dequantisation,
+        results=[_result(s, shape.width * shape.height * shape.channels) for s in scored],
+        calibration=None,
+        warnings=list(_warnings(options, version, scored, resized)),
+    )
+
+
+def _result(scored: Scored, dims: int) -> ScoreResult:
+    statistics: dict[str, Any] = dict(scored.statistics)
+    bits_per_dim = None
+    if scored.log_prob is not None:
+        nll_bits = -scored.log_prob / math.log(2)
+        bits_per_dim = nll_bits / dims
+        statistics = {"nll_bits": nll_bits, **statistics}
+    return ScoreResult(
+        log_prob=scored.log_prob,
+        bits_per_dim=bits_per_dim,
+        energy=scored.energy,
+        stderr=scored.stderr,
+        anomaly=None,
+        statistics=statistics,
+        heatmap=None,
+    )
+
+
+def _warnings(options: ScoreOptions, version: Version, scored: Sequence[Scored], resized: Sequence[int]) -> list[str]:
+    warnings = []
+    if version.calibrated:
+        warnings.append(f"anomaly: this server does not read the calibration of {options.model} yet")
+    else:
+        warnings.append(f"anomaly: {options.model} is not calibrated, so its scores have no p-values")
+    if options.heatmap:
+        warnings.append("heatmap: this server draws none yet")
+    if resized:
+        names = ", ".join(f"images[{k}]" for k in resized)
+        warnings.append(f"{names}: resized to the model's shape; scores of resized images are not comparable")
+    for k, s in enumerate(scored):
+        numbers = {"log_prob": s.log_prob, "energy": s.energy, "stderr": s.stderr, **s.statistics}
+        for name, value in numbers.items():
+            if value is not None and not math.isfinite(value):
+                warnings.append(f"images[{k}]: {name} is {value}, which JSON cannot say")
+    return warnings

@@ -1,0 +1,364 @@
+"""The contract: what every family file found in models/ keeps. A new family needs a line in TINY, nothing else here."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+
+import models
+from models import _checkpoint, _rows
+from models._protocol import UNLABELLED, Batch, Density, Draw, ImageSpace, Model, Rows
+from service.engine import Engine
+from service.messages import Completed, Generate, ImageDone, Message, Scored, ScoreImages
+
+LABELLED = ImageSpace(width=8, height=8, channels=1, labels=("a", "b", "c"))
+
+# Family -> a configuration that runs in milliseconds, and the images it is for.
+TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
+    "ddpm": ({"channels": 8, "multipliers": (1, 2), "bound_steps": 5}, LABELLED),
+    "gan": (
+        {"latent": 4, "embedding": 4, "generator_channels": (8, 8), "critic_channels": (8, 8), "blocks": (0, 1)},
+        LABELLED,
+    ),
+    "pixelcnn": ({"channels": 8, "layers": 2}, LABELLED),
+    "realnvp": ({"couplings": (2, 2), "widths": (8, 8)}, LABELLED),
+    "vae": ({"latent": 4, "width": 8, "blocks": 1, "hidden": 16, "components": 2, "importance_samples": 4}, LABELLED),
+}
+
+families = pytest.mark.parametrize("name", models.family_names())
+densities = pytest.mark.parametrize("name", [n for n in models.family_names() if n != "gan"])
+
+
+@pytest.fixture(scope="module")
+def make() -> Callable[[str], Model]:
+    """A tiny model by family, with weights moved away from an initialisation that may be trivial."""
+    made: dict[str, Model] = {}
+
+    def build(name: str) -> Model:
+        if name not in made:
+            config, space = TINY[name]
+            module = models.family(name)
+            torch.manual_seed(0)
+            model: Model = module.Model(module.Config(**config), space)
+            batch = Batch(pictures(8, space), torch.arange(8) % space.classes)
+            with torch.no_grad():
+                model.prepare([batch])
+                for parameter in model.parameters():
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+            made[name] = model.eval().requires_grad_(False)
+        return made[name]
+
+    return build
+
+
+def pictures(n: int, space: ImageSpace, seed: int = 0) -> torch.Tensor:
+    """(n, C, H, W) on the grid k / 255: blurred noise, so that neighbours resemble each other."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(n, *space.shape, generator=generator)
+    return (torch.nn.functional.avg_pool2d(noise, 3, stride=1, padding=1) * 255).round() / 255
+
+
+def draws(model: Model, n: int, seed: int = 0) -> list[Draw]:
+    """Requests as different from each other as the Spec allows."""
+    rng = random.Random(seed)
+    spec = model.spec
+    out = []
+    for k in range(n):
+        out.append(
+            Draw(
+                seed=rng.getrandbits(64),
+                sample=k % 3,
+                steps=rng.randint(spec.steps.min, min(spec.steps.max, spec.steps.min + 11)),
+                solver=rng.choice(spec.solvers) if spec.solvers else None,
+                label=rng.randint(-1, spec.image.classes - 1) if spec.image.labels else UNLABELLED,
+                guidance_scale=1.0
+                if spec.guidance_scale is None
+                else rng.choice([1.0, spec.guidance_scale.default, 2.0]),
+                temperature=1.0 if spec.temperature is None else rng.choice([1.0, 0.7, spec.temperature.default]),
+            )
+        )
+    return out
+
+
+def finish(model: Model, rows: Rows) -> Rows:
+    while int(rows.left.max()) > 0:
+        rows = model.step(rows)
+    return rows
+
+
+def levels(image: torch.Tensor) -> np.ndarray:
+    return (image * 255).round().to(torch.uint8).numpy()
+
+
+def test_every_family_found_has_a_tiny_configuration() -> None:
+    assert sorted(TINY) == models.family_names()
+
+
+@families
+def test_the_spec_is_json_and_its_schemas_are_schemas(name: str, make: Callable[[str], Model]) -> None:
+    spec = make(name).spec
+    assert spec.family == name
+    assert json.loads(json.dumps(spec.to_json())) == spec.to_json()
+    assert 1 <= spec.steps.min <= spec.steps.default <= spec.steps.max
+    for field, schema in spec.accepts().items():
+        Draft202012Validator.check_schema(schema)
+        if "default" in schema:
+            Draft202012Validator(schema).validate(schema["default"])
+        assert field in ("steps", "solver", "label", "prompt", "guidance_scale", "temperature")
+
+
+@families
+def test_the_spec_says_whether_it_is_a_density(name: str, make: Callable[[str], Model]) -> None:
+    model = make(name)
+    assert isinstance(model, Density) == (model.spec.likelihood is not None)
+
+
+@families
+@torch.inference_mode()
+def test_a_row_takes_as_many_steps_as_asked_and_its_image_is_valid_at_each(
+    name: str, make: Callable[[str], Model]
+) -> None:
+    model = make(name)
+    asked = draws(model, 5)
+    rows = model.init(asked)
+    assert rows.tick.tolist() == [0] * 5
+    assert rows.left.tolist() == [d.steps for d in asked]
+    for taken in range(max(d.steps for d in asked)):
+        image = model.image(rows)
+        assert image.shape == (len(rows.tick), *model.spec.image.shape)
+        assert image.isfinite().all()
+        assert image.min() >= 0
+        assert image.max() <= 1
+        before = image.clone()
+        assert torch.equal(model.image(rows), before), "a preview changes nothing"
+        rows = _rows.take(rows, [i for i, left in enumerate(rows.left.tolist()) if left > 0])
+        rows = model.step(rows)
+        assert rows.tick.tolist() == [taken + 1] * len(rows.tick)
+    assert rows.left.tolist() == [0] * len(rows.left)
+
+
+@families
+@torch.inference_mode()
+def test_image_is_a_function_of_the_draw_alone(name: str, make: Callable[[str], Model]) -> None:
+    """The same bytes alone and through the engine amid others that join and leave at any step."""
+    model = make(name)
+    asked = draws(model, 12, seed=1)
+    expected = {}
+    for k, draw in enumerate(asked):
+        rows = _rows.pad(model.init([draw]), 4)
+        expected[k] = levels(model.image(finish(model, rows)))[0]
+    for seed in range(3):
+        assert_crowd(model, asked, expected, random.Random(seed))
+
+
+def assert_crowd(model: Model, asked: list[Draw], expected: dict[int, np.ndarray], rng: random.Random) -> None:
+    order = list(range(len(asked)))
+    rng.shuffle(order)
+    running: list[int] = []
+    rows: Rows | None = None
+    seen = {}
+    while order or running:
+        if order and (not running or rng.random() < 0.5):
+            joining = [order.pop() for _ in range(min(len(order), rng.randint(1, 4)))]
+            fresh = model.init([asked[k] for k in joining])
+            rows = fresh if rows is None else _rows.cat([_rows.take(rows, range(len(running))), fresh])
+            running += joining
+            rows = _rows.pad(rows, -(-len(running) // 4) * 4)
+        assert rows is not None
+        rows = model.step(rows)
+        left = rows.left.tolist()[: len(running)]
+        for i in [i for i, n in enumerate(left) if n == 0]:
+            seen[running[i]] = levels(model.image(_rows.pad(_rows.take(rows, [i]), 4)))[0]
+        keep = [i for i, n in enumerate(left) if n > 0]
+        running = [running[i] for i in keep]
+        rows = _rows.pad(_rows.take(rows, keep), -(-len(keep) // 4) * 4) if keep else None
+    for k, image in expected.items():
+        np.testing.assert_array_equal(seen[k], image)
+
+
+@families
+@torch.inference_mode()
+def test_taking_a_step_again_gives_the_same(name: str, make: Callable[[str], Model]) -> None:
+    """What the engine relies on when a step raised: writes in place can be repeated."""
+    import dataclasses
+
+    model = make(name)
+    rows = model.init(draws(model, 4, seed=2))
+    if int(rows.left.min()) > 1:
+        rows = model.step(rows)
+    first = levels(model.image(model.step(dataclasses.replace(rows))))
+    again = levels(model.image(model.step(dataclasses.replace(rows))))
+    np.testing.assert_array_equal(first, again)
+
+
+@families
+@torch.inference_mode()
+def test_different_seeds_samples_and_labels_give_different_images(name: str, make: Callable[[str], Model]) -> None:
+    model = make(name)
+    spec = model.spec
+    base = {"steps": min(spec.steps.max, spec.steps.min + 3), "solver": spec.solvers[0] if spec.solvers else None}
+    label = 0 if spec.image.labels else UNLABELLED
+    asked = [Draw(1, 0, label=label, **base), Draw(2, 0, label=label, **base), Draw(1, 1, label=label, **base)]
+    if "label" in spec.accepts():
+        asked.append(Draw(1, 0, label=1, **base))
+    images = model.image(finish(model, model.init(asked)))
+    for i in range(1, len(asked)):
+        assert not torch.equal(images[0], images[i])
+
+
+@families
+@torch.inference_mode()
+def test_save_load_sample_again(name: str, make: Callable[[str], Model], tmp_path: Path) -> None:
+    model = make(name)
+    config = models.family(name).Config(**TINY[name][0])
+    _checkpoint.save(tmp_path / "m", model, config, {"metrics": {}})
+    again = _checkpoint.load(tmp_path / "m")
+    assert again.spec == model.spec
+    asked = draws(model, 4, seed=3)
+    same = [levels(m.image(finish_each(m, asked))) for m in (model, again)]
+    np.testing.assert_array_equal(*same)
+
+
+def finish_each(model: Model, asked: list[Draw]) -> Rows:
+    """All finished, though they take different numbers of steps."""
+    return _rows.cat([finish(model, model.init([draw])) for draw in asked])
+
+
+@families
+def test_a_model_is_read_only(name: str, make: Callable[[str], Model]) -> None:
+    model = make(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.inference_mode():
+        finish(model, model.init(draws(model, 1)))
+        if isinstance(model, Density):
+            model.log_prob(pictures(2, model.spec.image))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+@densities
+@torch.inference_mode()
+def test_scores_have_the_kind_that_the_spec_says(name: str, make: Callable[[str], Model]) -> None:
+    model = make(name)
+    assert isinstance(model, Density)
+    likelihood = model.spec.likelihood
+    assert likelihood is not None
+    x = pictures(6, model.spec.image)
+    rows = model.score_init(x, torch.full((6,), UNLABELLED))
+    assert rows.left.tolist() == [likelihood.steps] * 6
+    score = model.log_prob(x)
+    value = score.log_prob if likelihood.kind != "unnormalised" else score.energy
+    assert value is not None
+    assert value.shape == (6,)
+    assert value.dtype == torch.float32
+    assert value.isfinite().all()
+    if likelihood.kind == "exact":
+        assert (value <= 0).all()
+    if score.per_pixel is not None:
+        assert score.per_pixel.shape == (6, model.spec.image.height, model.spec.image.width)
+        torch.testing.assert_close(score.per_pixel.flatten(1).sum(1), value)
+    for statistic in score.statistics.values():
+        assert statistic.shape == (6,)
+
+
+@densities
+@torch.inference_mode()
+def test_an_image_has_one_score(name: str, make: Callable[[str], Model]) -> None:
+    """Whatever else is in the batch, and whenever it is asked."""
+    model = make(name)
+    assert isinstance(model, Density)
+    x = pictures(8, model.spec.image, seed=4)
+    together = model.log_prob(x).log_prob
+    flipped = model.log_prob(x.flip(0)).log_prob
+    apart = torch.cat([model.log_prob(x[k : k + 1].expand(4, -1, -1, -1)).log_prob[:1] for k in range(8)])
+    torch.testing.assert_close(together, flipped.flip(0), rtol=0, atol=0)
+    torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+@families
+def test_one_step_of_training_lowers_a_loss_and_reaches_every_parameter(name: str) -> None:
+    config, space = TINY[name]
+    module = models.family(name)
+    torch.manual_seed(0)
+    model: Model = module.Model(module.Config(**config), space).train()
+    x = pictures(16, space)
+    labels = torch.arange(16) % space.classes
+    with torch.no_grad():
+        model.prepare([Batch(x, labels)])
+    groups = model.groups()
+    owners = {id(p): g for g, ps in groups.items() for p in ps}
+    assert set(owners) == {id(p) for p in model.parameters() if p.requires_grad}
+    assert sum(map(len, groups.values())) == len(owners), "no parameter is in two groups"
+    optimisers = {g: torch.optim.Adam(ps, lr=1e-3) for g, ps in groups.items()}
+    touched: set[int] = set()
+    for step in range(12):
+        for group, loss, metrics in model.objective(Batch(x, labels, step=step, steps=12)):
+            assert loss.dim() == 0
+            assert loss.isfinite()
+            assert all(m.dim() == 0 and not m.requires_grad for m in metrics.values())
+            gradients = torch.autograd.grad(loss, groups[group], allow_unused=True)
+            for parameter, gradient in zip(groups[group], gradients, strict=True):
+                parameter.grad = gradient
+                if gradient is not None and gradient.abs().sum() > 0:
+                    touched.add(id(parameter))
+            optimisers[group].step()
+    untouched = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in touched]
+    assert not untouched
+
+
+@families
+def test_the_engine_serves_it(name: str, make: Callable[[str], Model]) -> None:
+    """Through the one engine, unchanged: drawn amid others equals drawn alone; scored in a burst equals scored alone."""
+    model = make(name)
+    spec = model.spec
+    told: dict[str, list[Message]] = {}
+    engine = Engine(lambda job, message, final: told.setdefault(job, []).append(message), max_rows=8)
+    engine.put("m", "1", model)
+    tasks = {
+        f"job{k}": Generate(
+            2,
+            d.seed,
+            d.steps,
+            d.solver,
+            None if d.label == UNLABELLED else d.label,
+            d.prompt,
+            d.guidance_scale,
+            d.temperature,
+        )
+        for k, d in enumerate(draws(model, 6, seed=5))
+    }
+    for job, task in tasks.items():
+        engine.submit(job, "m", task)
+        engine.step()
+    while engine.step():
+        pass
+    crowd = {job: pixels(told[job]) for job in tasks}
+    for job, task in tasks.items():
+        assert isinstance(told[job][-1], Completed)
+        engine.submit(f"{job} alone", "m", task)
+        while engine.step():
+            pass
+        np.testing.assert_array_equal(pixels(told[f"{job} alone"]), crowd[job])
+    if spec.likelihood is not None:
+        images = (pictures(11, spec.image) * 255).round().to(torch.uint8).numpy()
+        engine.submit("scores", "m", ScoreImages(images, (-1,) * 11))
+        engine.submit("score", "m", ScoreImages(images[3:4], (-1,)))
+        while engine.step():
+            pass
+        scores = {m.index: m for m in told["scores"] if isinstance(m, Scored)}
+        single = [m for m in told["score"] if isinstance(m, Scored)]
+        assert sorted(scores) == list(range(11))
+        assert single[0].log_prob == scores[3].log_prob
+
+
+def pixels(messages: list[Message]) -> np.ndarray:
+    done = {m.sample: m.pixels for m in messages if isinstance(m, ImageDone)}
+    return np.stack([done[k] for k in sorted(done)])

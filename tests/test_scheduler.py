@@ -1,0 +1,216 @@
+"""The scheduler over random histories: every row runs exactly once, nobody starves, time is shared."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.scheduler import AGEING, Cost, Row, Scheduler, Ticket
+
+
+class Simulation:
+    """A device that takes `a · rows + b` seconds a step, and chains of a given length."""
+
+    def __init__(self, scheduler: Scheduler, costs: dict[str, tuple[float, float]]) -> None:
+        self.scheduler, self.costs, self.now = scheduler, costs, 0.0
+        self.left: dict[Row, int] = {}
+        self.tickets: dict[str, tuple[Ticket, int]] = {}
+        self.joined: Counter[Row] = Counter()
+        self.finished: Counter[Row] = Counter()
+        self.left_early: dict[str, str] = {}
+        self.used: Counter[str] = Counter()
+        self.ended: dict[str, float] = {}
+
+    def submit(self, ticket: Ticket, steps: int) -> None:
+        self.tickets[ticket.job] = (ticket, steps)
+        self.scheduler.submit(ticket, self.now)
+
+    def step(self) -> bool:
+        plan = self.scheduler.plan(self.now)
+        for job, reason in plan.leave:
+            assert job not in self.left_early
+            self.left_early[job] = reason
+            self.left = {row: n for row, n in self.left.items() if row.job != job}
+        if plan.lane is None:
+            assert not plan.join
+            return bool(plan.leave)
+        for row in plan.join:
+            assert self.tickets[row.job][0].lane == plan.lane
+            self.joined[row] += 1
+            self.left[row] = self.tickets[row.job][1]
+        rows = [row for row in self.left if self.tickets[row.job][0].lane == plan.lane]
+        assert rows, "a lane without rows was planned"
+        assert set(self.scheduler.running(plan.lane)) == set(rows)
+        a, b = self.costs[plan.lane]
+        seconds = a * len(rows) + b
+        self.now += seconds
+        self.used[plan.lane] += seconds  # type: ignore[assignment]
+        for row in rows:
+            self.left[row] -= 1
+        done = [row for row in rows if self.left[row] == 0]
+        for row in done:
+            self.finished[row] += 1
+            del self.left[row]
+        self.scheduler.report(plan.lane, len(rows), seconds, done)
+        for job in {row.job for row in done}:
+            if (
+                not any(row.job == job for row in self.left)
+                and sum(r.job == job for r in self.finished) == self.tickets[job][0].rows
+            ):
+                self.ended[job] = self.now
+        return True
+
+    def run(self) -> None:
+        for _ in range(100_000):
+            if not self.step():
+                return
+        raise AssertionError("it never came to an end")
+
+
+LANES = {"gan": (1e-4, 1e-3), "ddpm": (2e-3, 3e-3), "pixelcnn": (1e-4, 5e-4)}
+events = st.lists(
+    st.tuples(
+        st.sampled_from(["submit", "submit", "submit", "cancel", "step", "step"]),
+        st.integers(0, 10**6),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(history=events, max_rows=st.integers(1, 9))
+def test_every_row_runs_exactly_once_whatever_happens(history: list[tuple[str, int]], max_rows: int) -> None:
+    s = Scheduler(max_rows)
+    sim = Simulation(s, LANES)
+    for what, number in history:
+        rng = random.Random(number)
+        if what == "submit":
+            ticket = Ticket(
+                f"job{len(sim.tickets)}",
+                rng.choice(list(LANES)),
+                rng.randint(1, 2 * max_rows),
+                rng.choice(["interactive", "batch"]),
+                rng.choice([None, None, sim.now + rng.random() * 0.05]),
+            )
+            sim.submit(ticket, rng.choice([1, 2, 30]))
+        elif what == "cancel" and sim.tickets:
+            s.cancel(rng.choice(list(sim.tickets)))
+        else:
+            sim.step()
+        for lane in LANES:
+            assert len(s.running(lane)) <= max_rows
+    sim.run()
+    assert s.jobs == 0
+    assert not sim.left
+    for job, (ticket, _) in sim.tickets.items():
+        rows = [Row(job, k) for k in range(ticket.rows)]
+        if job in sim.left_early:
+            assert job not in sim.ended
+            assert all(sim.joined[row] <= 1 for row in rows)
+        else:
+            assert all(sim.joined[row] == 1 and sim.finished[row] == 1 for row in rows)
+            assert job in sim.ended
+
+
+def test_a_cheap_lane_waits_for_one_step_of_a_dear_one_at_most() -> None:
+    sim = Simulation(Scheduler(), {"dear": (0.0, 0.1), "cheap": (0.0, 0.001)})
+    sim.submit(Ticket("long", "dear", 64), 1000)
+    for _ in range(5):
+        sim.step()
+    for k in range(20):
+        arrived = sim.now
+        sim.submit(Ticket(f"short{k}", "cheap", 1), 1)
+        while f"short{k}" not in sim.ended:
+            sim.step()
+        assert sim.ended[f"short{k}"] - arrived <= 0.1 + 0.001 + 1e-9
+
+
+def test_two_busy_lanes_share_the_device_evenly_in_time_not_in_steps() -> None:
+    sim = Simulation(Scheduler(), {"dear": (0.0, 0.05), "cheap": (0.0, 0.001)})
+    sim.submit(Ticket("a", "dear", 8), 10_000)
+    sim.submit(Ticket("b", "cheap", 8), 1_000_000)
+    while sim.now < 20:
+        sim.step()
+    assert sim.used["dear"] == pytest.approx(sim.used["cheap"], rel=0.05)
+
+
+def test_a_short_job_joins_a_running_batch() -> None:
+    sim = Simulation(Scheduler(8), {"m": (0.0, 0.01)})
+    sim.submit(Ticket("long", "m", 4), 1000)
+    sim.step()
+    sim.submit(Ticket("short", "m", 4), 10)
+    for _ in range(10):
+        sim.step()
+    assert "short" in sim.ended
+
+
+def test_interactive_goes_first_and_batch_does_not_starve() -> None:
+    sim = Simulation(Scheduler(1), {"m": (0.0, 0.1)})
+    sim.submit(Ticket("batch", "m", 1, "batch"), 1)
+    sim.submit(Ticket("first", "m", 1), 1)
+    sim.run()
+    assert sim.ended["first"] < sim.ended["batch"]
+    sim.submit(Ticket("old", "m", 1, "batch"), 1)
+    arrived, k = sim.now, 0
+    while "old" not in sim.ended:  # a stream of interactive jobs that fills the device
+        sim.submit(Ticket(f"i{k}", "m", 1), 1)
+        sim.step()
+        k += 1
+    assert sim.ended["old"] - arrived == pytest.approx(AGEING, abs=0.5)
+
+
+def test_a_job_larger_than_the_batch_is_split_over_time() -> None:
+    sim = Simulation(Scheduler(4), {"m": (0.0, 0.01)})
+    sim.submit(Ticket("big", "m", 10), 3)
+    sim.run()
+    assert sim.ended["big"] == pytest.approx(9 * 0.01)
+
+
+def test_expired_and_cancelled_jobs_are_told_apart_and_once() -> None:
+    sim = Simulation(Scheduler(1), {"m": (0.0, 1.0)})
+    sim.submit(Ticket("runs", "m", 1), 3)
+    sim.submit(Ticket("late", "m", 1, expires=1.5), 1)
+    sim.submit(Ticket("unwanted", "m", 1), 1)
+    sim.scheduler.cancel("unwanted")
+    sim.scheduler.cancel("nobody")
+    sim.run()
+    assert sim.left_early == {"late": "expired", "unwanted": "cancelled"}
+    assert set(sim.ended) == {"runs"}
+
+
+@given(a=st.floats(1e-5, 1e-2), b=st.floats(0, 1e-2), rows=st.lists(st.integers(1, 64), min_size=5, max_size=40))
+def test_cost_recovers_the_line_it_is_shown(a: float, b: float, rows: list[int]) -> None:
+    cost = Cost()
+    for n in rows:
+        cost.observe(n, a * n + b)
+    if len(set(rows)) > 1:
+        assert cost.predict(20) == pytest.approx(20 * a + b, rel=1e-3)
+    assert cost.predict(rows[0]) == pytest.approx(a * rows[0] + b, rel=0.02)
+    assert min(cost.coefficients) >= 0
+
+
+def test_cost_forgets() -> None:
+    cost = Cost()
+    for n in range(1, 50):
+        cost.observe(n, 1.0 * n)
+    for _ in range(8):
+        for n in range(1, 50):
+            cost.observe(n, 0.01 * n)
+    assert cost.predict(10) == pytest.approx(0.1, rel=0.1)
+
+
+def test_bad_tickets_are_refused() -> None:
+    s = Scheduler()
+    s.submit(Ticket("a", "m", 1), 0)
+    with pytest.raises(ValueError, match="a is there already"):
+        s.submit(Ticket("a", "m", 1), 0)
+    with pytest.raises(ValueError, match="rows: 0"):
+        s.submit(Ticket("b", "m", 0), 0)
+    with pytest.raises(ValueError, match="max_rows: 0"):
+        Scheduler(0)
+    with pytest.raises(ValueError, match="m has jobs"):
+        s.forget("m")
