@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import models.ddpm
 import models.vae
 from training.config import AdamW, Run
+
+
+def ddpm() -> Run:
+    """Class-conditional DDPM on two resolutions: two minutes."""
+    return Run(
+        family="ddpm",
+        config=models.ddpm.Config(multipliers=(1, 2)),
+        data="digits",
+        steps=4_000,
+        batch_size=64,
+        optimisers={"network": AdamW(lr=2e-3)},
+        channels_last=True,
+    )
 
 
 def vae() -> Run:
