@@ -24,7 +24,7 @@ VERSION = "0.1.0"
 
 
 def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
-    """The application. While it runs it keeps the catalog fresh; broker and workers are the caller's to start and stop."""
+    """The application. While it runs it keeps the catalog fresh; starting broker and workers is the caller's."""
     services = Services(settings, broker, catalog, limits(settings))
 
     @asynccontextmanager

@@ -61,8 +61,10 @@ def require_media_type(request: Request, *known: str) -> None:
 
 
 def preferred(accept: str | None, offers: Sequence[str]) -> str:
-    """The offer that an Accept header likes best (RFC 9110, 12.5.1). Among equals the one that it names more exactly wins, then
-    the one offered first. Raises `NotAcceptable`."""
+    """The offer that an Accept header likes best (RFC 9110, 12.5.1). Raises `NotAcceptable`.
+
+    Among equals the one that it names more exactly wins, then the one offered first.
+    """
     if accept is None or not accept.strip():
         return offers[0]
     ranges = [_media_range(part) for part in accept.split(",") if part.strip()]
@@ -78,7 +80,7 @@ def preferred(accept: str | None, offers: Sequence[str]) -> str:
 
 
 def _media_range(part: str) -> tuple[str, int, float]:
-    """ "image/*;q=0.5" -> its name, how exact it is (1 to 3), and its quality; one that cannot be read is not wanted."""
+    """One range, as "image/*;q=0.5": its name, how exact it is (1 to 3), its quality (0 where it cannot be read)."""
     name, *parameters = (p.strip().lower() for p in part.split(";"))
     quality = 1.0
     for parameter in parameters:

@@ -1,8 +1,8 @@
-"""What models there are: read from `<folder>/*/model.json`, looked at again every second, merged with what workers announce.
+"""What models there are: read from `<folder>/*/model.json`, again on change, merged with what workers announce.
 
-A model.json that cannot be used is `failed` with its reason, while the version that worked stays in service. Which version is in
-service is the workers' to say: they announce the sha256 of the model.json that they loaded, and the catalog describes that one.
-No weights are read here.
+A model.json that cannot be used is `failed` with its reason, while the version that worked stays in service. Which
+version is in service is the workers' to say: they announce the sha256 of the model.json that they loaded, and the
+catalog describes that one. No weights are read here.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _ready_entry(model: str, folder: _Folder, ready: Sequence[ModelState]) -> En
 
 
 def _fingerprints(folder: Path) -> dict[str, _Fingerprint]:
-    """Subfolder that holds a model.json -> what changes whenever that file does. A folder that is not there holds none."""
+    """Subfolder that holds a model.json -> what changes whenever that file does. No folder, no models."""
     found = {}
     try:
         subfolders = [path for path in folder.iterdir() if not path.name.startswith(".")]

@@ -11,13 +11,13 @@
     ├── Busy              429   the queue is full: Retry-After says when to come back
     ├── Internal          500   a fault of the server: told without its insides, logged with them
     │   ├── RowFailed           the model raised or turned NaN on this request
-    │   └── Lost                the job took down every worker that it was given to
+    │   └── Lost                the job ended without an answer
     ├── Unavailable       503   no worker, or the model cannot be loaded
     │   └── Interrupted         the server ended the job before it was done
     └── TimedOut          504   the answer did not come within the request's timeout
 
-Routes raise problems; `install` makes responses of them, and of what the framework raises. `type` is stable and made for programs;
-`detail` is made for people.
+Routes raise problems; `install` makes responses of them, and of what the framework raises. `type` is stable and made
+for programs; `detail` is made for people.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def problem_of(error: Exception) -> Problem:
         case NoWorker():
             return Unavailable("no worker is connected that could do this")
         case JobLost():
-            return Lost("the job ended every worker that it was given to")
+            return Lost(f"the job ended without an answer: {error}")
         case TimeoutError():
             return TimedOut()
     log.error("unexpected %s", type(error).__name__, exc_info=error)

@@ -1,14 +1,14 @@
 """Images between bytes and pixels: decode what a client sends, encode what it gets.
 
-Pixels are uint8 arrays (C, H, W) with one channel (grey) or three (RGB), as workers take and give them. What a client sends is not
-trusted: size is read from the header and checked before anything is decoded, and only the four formats' own decoders are ever asked.
+Pixels are uint8 arrays (C, H, W) with one channel (grey) or three (RGB), as workers take and give them. What a client
+sends is not trusted: size is read from the header and checked before anything is decoded, and only the four formats'
+own decoders are ever asked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import io
 import math
 import struct
@@ -25,7 +25,8 @@ from PIL.ImageFile import ImageFile
 from service.messages import Pixels
 from service.schemas import Format, ImageShape
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MEDIA_TYPES: dict[Format, str] = {
     "png": "image/png",
@@ -88,10 +89,6 @@ def encode(pixels: Pixels, format: Format) -> bytes:
     return out.getvalue()
 
 
-def encode_base64(pixels: Pixels, format: Format) -> str:
-    return base64.b64encode(encode(pixels, format)).decode("ascii")
-
-
 def grid(images: Sequence[Pixels]) -> Pixels:
     """N images (C, H, W) as one, row by row, as square as it goes; one image is itself."""
     if len(images) == 1:
@@ -110,21 +107,20 @@ def grid(images: Sequence[Pixels]) -> Pixels:
 # --------------------------------------------------------------------------------------------------------------- decode
 
 
-def decode_base64(text: str, shape: ImageShape, *, resize: bool = False, max_side: int) -> Decoded:
-    """Base64 of an image file, with or without line breaks -> its pixels. Raises `ImageRefused`."""
+def from_base64(text: str) -> bytes:
+    """Base64, with or without line breaks -> bytes. Raises `ImageRefused`."""
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as e:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError as e:
         hint = "; give the part of a data URL that is after its comma" if text.startswith("data:") else ""
         raise ImageRefused(f"not base64, or cut off: {e}{hint}") from e
-    return decode(data, shape, resize=resize, max_side=max_side)
 
 
 def decode(data: bytes, shape: ImageShape, *, resize: bool = False, max_side: int) -> Decoded:
     """An image file -> its pixels, of `shape`. Raises `ImageRefused`.
 
-    An image of another size or channel count is refused unless `resize`: then it is scaled (Lanczos, without keeping its
-    proportions), and turned to grey or RGB. Transparency is refused where it shows.
+    An image of another size or channel count is refused unless `resize`: then it is scaled (Lanczos, without keeping
+    its proportions), and turned to grey or RGB. Transparency is refused where it shows.
     """
     kind, open_file = _sniff(data)
     try:

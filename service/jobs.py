@@ -31,7 +31,7 @@ Told: TypeAlias = Queued | Message
 
 
 class Once:
-    """Drops what a rerun repeats: a job told twice, whole or in part, is a job told once, and its progress never goes back."""
+    """Drops what a rerun repeats: a job told twice, whole or in part, is told once; its progress never goes back."""
 
     def __init__(self) -> None:
         self._step = -1
@@ -44,13 +44,12 @@ class Once:
                 ahead, self._step = step > self._step, max(step, self._step)
                 return ahead
             case Started():
-                key = (Started, 0)
-            case ImageDone(sample=k):
-                key = (ImageDone, k)
-            case Scored(index=k):
-                key = (Scored, k)
+                k = 0
+            case ImageDone(sample=k) | Scored(index=k):
+                pass
             case _:
                 return True
+        key = (type(message), k)
         news = key not in self._seen
         self._seen.add(key)
         return news
@@ -59,8 +58,8 @@ class Once:
 async def follow(broker: Broker, job: Job) -> AsyncGenerator[Told]:
     """Submit a job, and tell where it stands in the queue and then its messages, the last of which is `Completed`.
 
-    Raises what `Broker.submit` does before it tells anything, and a `Problem` for a job that failed. Whoever stops listening
-    before the end (closes this, or is cancelled) cancels the job.
+    Raises what `Broker.submit` does before it tells anything, and a `Problem` for a job that failed. Whoever stops
+    listening before the end (closes this, or is cancelled) cancels the job.
     """
     ended = False
     try:

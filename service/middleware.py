@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, the last resort for what nobody caught, and the limit on its body. Plain ASGI."""
+"""What surrounds every request: its id, the last resort for what nobody caught, the limit on its body. Plain ASGI."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class RequestContext:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         started = False
@@ -52,17 +53,19 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body longer than `limit` bytes: at once where Content-Length says so, else at the byte that is too many."""
+    """Refuses a body longer than `limit` bytes: at once where Content-Length says so, else at the byte too many."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self.app, self.limit = app, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.limit):
-            return await TooLarge(self.limit).response()(scope, receive, send)
+            await TooLarge(self.limit).response()(scope, receive, send)
+            return
         received = 0
 
         async def receive_within_limit() -> Message:

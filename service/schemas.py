@@ -1,5 +1,7 @@
-"""The wire types: what requests, answers and events look like in JSON. Bounds that depend on the model or on settings are checked
-against JSON schemas by `accepts`; here is what holds for every model."""
+"""The wire types: what requests, answers and events look like in JSON.
+
+Bounds that depend on the model or on settings are checked by `accepts`; here is what holds for every model.
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,7 @@ class Usage(Answer):
 
 
 class Generation(Answer):
-    """What `completed` tells: an answer without its images."""
+    """An answer without its images, as the event `completed` tells it."""
 
     id: str
     model: str
@@ -132,18 +134,8 @@ class Generation(Answer):
     model_sha256: str = Field(description="of the weights")
 
 
-class GenerateResponse(Answer):
-    id: str
-    model: str
-    family: str
-    steps: int
-    seed: int
+class GenerateResponse(Generation):
     images: list[Image]
-    width: int
-    height: int
-    channels: int
-    usage: Usage
-    model_sha256: str = Field(description="of the weights")
 
 
 class Anomaly(Answer):

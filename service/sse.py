@@ -28,19 +28,19 @@ def event(name: str, data: Mapping[str, Any] | BaseModel) -> bytes:
 class EventStream(Response):
     """Sends events as they come, and a comment whenever they have been silent for `keep_alive` seconds.
 
-    What the events raise is told as a last event, `error`, and so is their not having ended at `deadline` (on the event loop's
-    clock). A client that hangs up closes them.
+    What the events raise is told as a last event, `error`, and so is their not having ended at `deadline` (on the event
+    loop's clock). A client that hangs up closes them.
     """
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, events: AsyncGenerator[bytes], deadline: float, keep_alive: float) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes], deadline: float, keep_alive: float) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._deadline, self._keep_alive = events, deadline, keep_alive
+        self._first, self._rest, self._deadline, self._keep_alive = first, rest, deadline, keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
+        async with aclosing(self._rest):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
                 await unless_hung_up(receive, self._send_all(send))
@@ -48,8 +48,9 @@ class EventStream(Response):
                 return
 
     async def _send_all(self, send: Send) -> None:
+        await _send(send, self._first)
         try:
-            async with asyncio.timeout_at(self._deadline), aclosing(pausing(self._events, self._keep_alive)) as chunks:
+            async with asyncio.timeout_at(self._deadline), aclosing(pausing(self._rest, self._keep_alive)) as chunks:
                 async for chunk in chunks:
                     await _send(send, b": keep-alive\n\n" if chunk is None else chunk)
         except Exception as error:

@@ -24,7 +24,7 @@ class Services:
     draining: bool = False  # shutting down: no longer ready
 
     async def model(self, model: str) -> tuple[Entry, Version]:
-        """A model that can be asked for something, and its version in service. Raises `UnknownModel` or `Unavailable`."""
+        """A model that can be asked, and its version in service. Raises `UnknownModel` or `Unavailable`."""
         pool = await self.broker.pool()
         entry = self.entry(model, pool, ("body", "model"))
         if entry.version is None or entry.status == "failed":

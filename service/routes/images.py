@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from service.errors import Fault
 from service.jobs import Queued, Told, follow, outcome, unless_hung_up
 from service.messages import Completed, Generate, ImageDone, Pixels, Progress, pack
 from service.routes._services import Served, Services, problems
-from service.schemas import GenerateRequest, GenerateResponse, Generation, Image, Usage
+from service.schemas import Format, GenerateRequest, GenerateResponse, Generation, Image, Usage
 
 router = APIRouter(tags=["images"])
 
@@ -70,7 +71,7 @@ class Drawing:
                 _PNG: {"schema": {"type": "string", "format": "binary"}},
                 sse.MEDIA_TYPE: {
                     "schema": {"type": "string"},
-                    "example": 'event: queued\ndata: {"position": 0}\n\nevent: progress\ndata: {"step": 10, "steps": 50, "eta_seconds": 1.5}\n\n',
+                    "example": 'event: progress\ndata: {"step": 10, "steps": 50, "eta_seconds": 1.5}\n\n',
                 },
             },
         },
@@ -86,10 +87,10 @@ class Drawing:
 async def generate(request: Request, services: Served) -> Response:
     """Draw images.
 
-    The answer is JSON; with `Accept: image/png` one PNG (more than one image: a grid; the seed is in the header `Drawwell-Seed`);
-    with `Accept: text/event-stream` or `"stream": true` a stream of the events `queued {position}`,
-    `progress {step, steps, eta_seconds, preview?}`, `image {sample, b64_json}`, `completed {the answer without images}` and
-    `error {problem}`. Hanging up cancels.
+    The answer is JSON; with `Accept: image/png` one PNG (more than one image: a grid; the seed is in the header
+    `Drawwell-Seed`); with `Accept: text/event-stream` or `"stream": true` a stream of the events `queued {position}`,
+    `progress {step, steps, eta_seconds, preview?}`, `image {sample, b64_json}`, `completed {the answer without images}`
+    and `error {problem}`. Hanging up cancels.
     """
     body = await read_json(request, GenerateRequest)
     answer = sse.MEDIA_TYPE if body.stream else preferred(request.headers.get("accept"), (JSON, sse.MEDIA_TYPE, _PNG))
@@ -104,13 +105,10 @@ async def generate(request: Request, services: Served) -> Response:
         sheet = images.grid(drawn)
         content = await images.off_loop(sheet.size, images.encode, sheet, "png")
         return Response(content, media_type=_PNG, headers={"Drawwell-Seed": str(drawing.asked.seed)})
-    encoded = await images.off_loop(
-        sum(pixels.size for pixels in drawn), lambda: [images.encode_base64(pixels, body.format) for pixels in drawn]
-    )
-    seed = drawing.asked.seed
+    encoded = await _encode(drawn, body.format)
     whole = GenerateResponse(
         **drawing.generation(completed).model_dump(),
-        images=[Image(b64_json=b64, seed=seed, sample=k) for k, b64 in enumerate(encoded)],
+        images=[Image(b64_json=b64, seed=drawing.asked.seed, sample=k) for k, b64 in enumerate(encoded)],
     )
     return Response(whole.model_dump_json(), media_type=JSON)
 
@@ -165,44 +163,43 @@ def _complete(told: list[Told], n: int) -> tuple[Completed, list[Pixels]]:
 
 
 async def _stream(drawing: Drawing, services: Services) -> Response:
-    """Submits before the answer begins, so that a refusal has its own status."""
-    told = follow(services.broker, drawing.job)
-    try:
-        async with asyncio.timeout_at(drawing.deadline):
-            first = await anext(told)
-    except BaseException:
-        await told.aclose()
-        raise
-    return sse.EventStream(_events(first, told, drawing), drawing.deadline, services.settings.keep_alive_seconds)
+    events = _events(drawing, services)
+    async with asyncio.timeout_at(drawing.deadline):
+        first = await anext(events)  # submits, before the answer begins: so a refusal has a status of its own
+    return sse.EventStream(first, events, drawing.deadline, services.settings.keep_alive_seconds)
 
 
-async def _events(first: Told, told: AsyncGenerator[Told], drawing: Drawing) -> AsyncGenerator[bytes]:
-    async with aclosing(told):
-        for event in await _told_as(first, drawing):
-            yield event
+async def _events(drawing: Drawing, services: Services) -> AsyncGenerator[bytes]:
+    async with aclosing(follow(services.broker, drawing.job)) as told:
         async for message in told:
-            for event in await _told_as(message, drawing):
+            if (event := await _event(message, drawing)) is not None:
                 yield event
 
 
-async def _told_as(message: Told, drawing: Drawing) -> list[bytes]:
-    """The events that tell a message: one, or none."""
+async def _event(message: Told, drawing: Drawing) -> bytes | None:
+    """The event that tells a message; None where there is none."""
     format = drawing.request.format
     match message:
         case Queued(position=position):
-            return [sse.event("queued", {"position": position})]
-        case Progress(previews=previews):
-            data: Mapping[str, Any] = {"step": message.step, "steps": message.steps, "eta_seconds": message.eta_seconds}
+            return sse.event("queued", {"position": position})
+        case Progress(step=step, steps=steps, eta_seconds=eta, previews=previews):
+            data: dict[str, Any] = {"step": step, "steps": steps, "eta_seconds": eta}
             if previews:
-                work = sum(p.size for p in previews)
-                data = {
-                    **data,
-                    "preview": await images.off_loop(work, lambda: [images.encode_base64(p, format) for p in previews]),
-                }
-            return [sse.event("progress", data)]
+                begun = iter(await _encode([pixels for pixels in previews if pixels is not None], format))
+                data["preview"] = [None if pixels is None else next(begun) for pixels in previews]
+            return sse.event("progress", data)
         case ImageDone(sample=sample, pixels=pixels):
-            b64 = await images.off_loop(pixels.size, images.encode_base64, pixels, format)
-            return [sse.event("image", {"sample": sample, "b64_json": b64})]
+            (b64,) = await _encode([pixels], format)
+            return sse.event("image", {"sample": sample, "b64_json": b64})
         case Completed():
-            return [sse.event("completed", drawing.generation(message))]
-    return []
+            return sse.event("completed", drawing.generation(message))
+    return None
+
+
+async def _encode(drawn: Sequence[Pixels], format: Format) -> list[str]:
+    """Base64 of each image."""
+
+    def work() -> list[str]:
+        return [base64.b64encode(images.encode(pixels, format)).decode("ascii") for pixels in drawn]
+
+    return await images.off_loop(sum(pixels.size for pixels in drawn), work)

@@ -44,8 +44,9 @@ _DECODED_FAR_FROM_LOOP = 2**31  # whatever the model's size: images that are res
 async def score(request: Request, services: Served) -> Response:
     """Say how likely images are, in nats of the whole 8-bit image and in bits/dim.
 
-    Images come as base64 in JSON, or as files of a multipart form: PNG, JPEG, WebP, or npy (uint8). They must have the model's size
-    and channel count unless `resize` is true. `anomaly` needs a calibrated model: for others it is null, and a warning says so.
+    Images come as base64 in JSON, or as files of a multipart form: PNG, JPEG, WebP, or npy (uint8). They must have the
+    model's size and channel count unless `resize` is true. `anomaly` needs a calibrated model: for others it is null,
+    and a warning says so.
     """
     require_media_type(request, JSON, MULTIPART)
     options: ScoreOptions
@@ -121,9 +122,9 @@ async def _decode(
     def work() -> tuple[list[Pixels], list[int], list[Fault]]:
         decoded, resized, faults = [], [], []
         for k, file in enumerate(files):
-            decode = images.decode_base64 if isinstance(file, str) else images.decode
             try:
-                image = decode(file, shape, resize=resize, max_side=max_side)  # type: ignore[operator]
+                data = images.from_base64(file) if isinstance(file, str) else file
+                image = images.decode(data, shape, resize=resize, max_side=max_side)
             except images.ImageRefused as e:
                 faults.append(Fault(("body", "images", k), str(e), file if isinstance(file, str) else None))
                 continue
