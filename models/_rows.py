@@ -69,4 +69,6 @@ def _map(f: Callable[..., Tensor], *trees: Any) -> Any:
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in dataclasses.fields(first)]
         return dataclasses.replace(first, **{n: _map(f, *(getattr(tree, n) for tree in trees)) for n in names})
-    raise TypeError(f"rows: a field of type {type(first).__name__}; only tensors, Rows and tuples of them can be batched")
+    raise TypeError(
+        f"rows: a field of type {type(first).__name__}; only tensors, Rows and tuples of them can be batched"
+    )

@@ -12,28 +12,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from models import _checkpoint
+from models._checkpoint import CheckpointError
 from training import data
 from training.config import Run
+from training.errors import RunError, TrainingError
 from training.recipes import recipes
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training", description="Train, and measure what was trained.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the recipes")
-    run = commands.add_parser("run", help="train by a recipe, or take up where it was interrupted")
-    run.add_argument("recipe", metavar="RECIPE")
-    run.add_argument("--out", type=Path, help="checkpoint folder (default: runs/RECIPE)")
-    run.add_argument("--data-dir", type=Path, help="folder that holds the data set (default: $DRAWWELL_DATA, else downloaded)")
-    run.add_argument("--steps", type=int, help="train for another number of steps than the recipe says")
-    run.add_argument("--accelerator", default="auto", help="cpu, cuda or auto")
-    run.add_argument("--devices", type=int, default=1, help="devices (or processes on the CPU) to share each batch")
-    run.add_argument("--threads", type=int, help="CPU threads a process may use (default: torch's own choice)")
-    evaluate = commands.add_parser("evaluate", help="measure a checkpoint; write its metrics, samples and card")
-    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    evaluate.add_argument("--data-dir", type=Path, help="as for run")
-    args = parser.parse_args(argv)
+    """The exit status: 0, or 2 after an error that has a sentence of its own."""
+    args = _parser().parse_args(argv)
     console = Console()
     try:
         if args.command == "list":
@@ -41,20 +29,42 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "run":
             _run(args, console)
         else:
-            from training.evaluate import evaluate as measure
+            from training.evaluate import evaluate
 
-            measure(args.checkpoint, data_dir=args.data_dir, console=console)
-    except (ValueError, FileNotFoundError, _checkpoint.CheckpointError) as e:
-        console.print(f"[red]{e}[/red]", highlight=False)
+            evaluate(args.checkpoint, data_dir=args.data_dir, console=console)
+    except (TrainingError, CheckpointError) as e:
+        Console(stderr=True).print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train, and measure what was trained.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the recipes")
+    run = commands.add_parser("run", help="train by a recipe, or take up where it was interrupted")
+    run.add_argument("recipe", metavar="RECIPE")
+    run.add_argument("--out", type=Path, help="checkpoint folder (default: runs/RECIPE)")
+    run.add_argument(
+        "--data-dir", type=Path, help="folder with the data set (default: $DRAWWELL_DATA, else downloaded)"
+    )
+    run.add_argument("--steps", type=int, help="train for another number of steps than the recipe says")
+    run.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
+    run.add_argument("--devices", type=int, default=1, help="devices (or processes on the CPU) to share each batch")
+    run.add_argument("--threads", type=int, help="CPU threads a process may use (default: torch's own choice)")
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint; write its metrics, samples and card")
+    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    evaluate.add_argument("--data-dir", type=Path, help="as for run")
+    return parser
 
 
 def _list(console: Console) -> None:
     table = Table("recipe", "family", "steps", "batch", "what")
     for name, make in sorted(recipes().items()):
         run = make()
-        table.add_row(name, run.family, str(run.steps), str(run.batch_size), (make.__doc__ or "").strip().split("\n")[0])
+        table.add_row(
+            name, run.family, str(run.steps), str(run.batch_size), (make.__doc__ or "").strip().split("\n")[0]
+        )
     console.print(table)
 
 
@@ -62,40 +72,38 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     import torch
     from lightning_fabric import Fabric
 
-    from training.loop import Diverged, train
+    from models import _checkpoint
+    from training.loop import train
     from training.progress import Progress
 
     known = recipes()
     if args.recipe not in known:
-        raise ValueError(f"recipe: no recipe {args.recipe!r}; there are {', '.join(sorted(known))}")
-    recipe = known[args.recipe]()
+        raise RunError(f"recipe: no recipe {args.recipe!r}; there are {', '.join(sorted(known))}")
+    run = known[args.recipe]()
     if args.steps is not None:
-        recipe = dataclasses.replace(recipe, steps=args.steps)
+        run = dataclasses.replace(run, steps=args.steps)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     out: Path = args.out or Path("runs") / args.recipe
-    dataset = data.load(recipe.data, args.data_dir)
+    dataset = data.load(run.data, args.data_dir)
     fabric = Fabric(
         accelerator=args.accelerator,
         devices=args.devices,
         strategy="ddp" if args.devices > 1 else "auto",
-        precision="bf16-mixed" if recipe.precision == "bf16" else "32-true",
+        precision="bf16-mixed" if run.precision == "bf16" else "32-true",
     )
     fabric.launch()
-    events = out / "events"
-    progress = Progress(events, console, quiet=not fabric.is_global_zero)
-    try:
-        model = train(recipe, dataset, out, fabric, progress)
-    except Diverged as e:
-        raise ValueError(str(e)) from e
+    model = train(run, dataset, out, fabric, Progress(out / "events", console, quiet=not fabric.is_global_zero))
     if fabric.is_global_zero:
-        _checkpoint.save(out, model, recipe.config, _about(args.recipe, recipe, dataset))
-        console.print(f"checkpoint in {out}; measure it with: python -m training evaluate {out}", highlight=False)
+        _checkpoint.save(out, model, run.config, _about(args.recipe, run, dataset))
+        console.print(
+            f"checkpoint in {out}; measure it with: python -m training evaluate {out}", highlight=False, soft_wrap=True
+        )
 
 
 def _about(name: str, run: Run, dataset: data.Dataset) -> dict[str, Any]:
     return {
-        "data": {**dataset.description, "name": dataset.name, "sha256": dataset.digest},
+        "data": dataset.description,
         "recipe": {"name": name, **run.to_json()},
         "revision": _revision(),
         "metrics": {},
@@ -104,13 +112,17 @@ def _about(name: str, run: Run, dataset: data.Dataset) -> dict[str, Any]:
 
 def _revision() -> str | None:
     """The git revision that trained, with "+" where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True).stdout
+        head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if dirty.strip() else "")
+    return head + ("+" if changes else "")
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(
+        ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 if __name__ == "__main__":

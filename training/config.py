@@ -26,7 +26,9 @@ class Run:
     data: str  # a name that `training.data.load` knows
     steps: int  # iterations of the objective
     batch_size: int  # over all devices
-    optimisers: Mapping[str, AdamW] = field(default_factory=dict)  # by parameter group, the same names as `Model.groups()`
+    optimisers: Mapping[str, AdamW] = field(
+        default_factory=dict
+    )  # by parameter group, the same names as `Model.groups()`
     ema: float = 0.999  # decay of the exponential moving average of the weights, which is what is exported
     clip: float | None = 1.0  # largest gradient norm of a group
     warmup: int = 200  # steps of linear learning-rate warm-up
