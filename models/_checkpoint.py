@@ -37,42 +37,39 @@ class CheckpointError(Exception):
 
 
 def save(folder: Path, model: Model, config: Any, about: Mapping[str, Any]) -> None:
-    """Write a checkpoint folder, replacing weights and model.json if they are there. Each file appears whole or not
-    at all, and model.json last, so that a reader never accepts half a checkpoint.
+    """Write weights and model.json, replacing them where they are there. Each file appears whole or not at all, and
+    model.json last, so that a reader never accepts half a checkpoint. Other files of the folder are no longer listed:
+    they were made for other weights.
 
     config: the family's Config that the model was built from. about: JSON for data, recipe, revision, metrics, ...
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Parametrisations share tensors with nothing, but a view would: safetensors wants each tensor contiguous and apart.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    write_file(folder / WEIGHTS, format_tensors(tensors))
-    _write_about(
-        folder,
-        {
-            "format": FORMAT,
-            "family": model.spec.family,
-            "config": dataclasses.asdict(config),
-            "space": dataclasses.asdict(model.spec.image),
-            "spec": model.spec.to_json(),
-            **about,
-        },
-    )
+    # Clones, because safetensors refuses tensors that share memory (tied weights).
+    weights = format_tensors({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()})
+    write_file(folder / WEIGHTS, weights)
+    described = {
+        "format": FORMAT,
+        "family": model.spec.family,
+        "config": dataclasses.asdict(config),
+        "space": dataclasses.asdict(model.spec.image),
+        "spec": model.spec.to_json(),
+    }
+    _write_about(folder, {**described, **about, "files": {WEIGHTS: _sha256(weights)}})
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> Model:
     """The model of a checkpoint folder, on `device`, in eval mode, frozen. Raises `CheckpointError`."""
     about = read_about(folder)
-    content = _read_checked(folder, WEIGHTS, about)
     try:
-        tensors = parse_tensors(content)
+        tensors = parse_tensors(_read(folder, WEIGHTS, about))
     except SafetensorError as e:
         raise CheckpointError(f"{WEIGHTS}: not a safetensors file: {e}") from e
     try:
         family = models.family(about["family"])
         space = ImageSpace(**_tuples(about["space"]))
         model: Model = family.Model(family.Config(**_tuples(about["config"])), space)
-    except (KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{ABOUT}: does not describe a model of this version: {e}") from e
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:  # what wrong JSON values can lead to
+        raise CheckpointError(f"{ABOUT}: describes no model of this version: {type(e).__name__}: {e}") from e
     _check_tensors(dict(model.state_dict()), tensors)
     model.load_state_dict(tensors)
     return model.to(device).eval().requires_grad_(False)
@@ -88,44 +85,61 @@ def read_about(folder: Path) -> dict[str, Any]:
     except ValueError as e:
         raise CheckpointError(f"{ABOUT}: not JSON: {e}") from e
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else type(about).__name__
-        raise CheckpointError(f"{ABOUT}: format {found!r}; this version reads format {FORMAT}")
+        found = f"format {about.get('format')!r}" if isinstance(about, dict) else f"a JSON {type(about).__name__}"
+        raise CheckpointError(f"{ABOUT}: {found}; this version reads format {FORMAT}")
+    if not isinstance(about.get("files"), dict):
+        raise CheckpointError(f"{ABOUT}: lists no files")
     return about
 
 
+def read_file(folder: Path, name: str) -> bytes:
+    """One file of the folder, after its hash was checked. Raises `CheckpointError`."""
+    return _read(folder, name, read_about(folder))
+
+
 def update(folder: Path, about: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
-    """Add or replace entries of model.json, and files of the folder, after training (metrics, card, calibration)."""
-    merged = {**read_about(folder), **about}
-    for name, content in (files or {}).items():
+    """Add or replace top-level entries of model.json (metrics, ...) and files of the folder. Raises `CheckpointError`."""
+    files = files or {}
+    before = read_about(folder)
+    for name, content in files.items():
         write_file(folder / name, content)
-    _write_about(folder, merged)
+    hashes = {**before["files"], **{name: _sha256(content) for name, content in files.items()}}
+    _write_about(folder, {**before, **about, "files": hashes})
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_bytes(content)
-    scratch.replace(path)
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
-def _write_about(folder: Path, about: dict[str, Any]) -> None:
-    others = sorted(p for p in folder.iterdir() if p.is_file() and p.name != ABOUT and not p.name.startswith("."))
-    about["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in others}
-    write_file(folder / ABOUT, (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+def _write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    text = json.dumps(about, indent=1, ensure_ascii=False, allow_nan=False)
+    write_file(folder / ABOUT, (text + "\n").encode())
 
 
-def _read_checked(folder: Path, name: str, about: Mapping[str, Any]) -> bytes:
-    expected = about.get("files", {}).get(name)
-    if expected is None:
+def _read(folder: Path, name: str, about: Mapping[str, Any]) -> bytes:
+    expected = about["files"].get(name)
+    if not isinstance(expected, str):
         raise CheckpointError(f"{ABOUT}: lists no sha256 of {name}")
     try:
         content = (folder / name).read_bytes()
     except FileNotFoundError as e:
         raise CheckpointError(f"{name}: missing in {folder.name}") from e
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise CheckpointError(f"{name}: sha256 is {found[:12]}…, {ABOUT} says {expected[:12]}…")
+    if _sha256(content) != expected:
+        raise CheckpointError(f"{name}: sha256 is {_sha256(content)[:12]}…, {ABOUT} says {expected[:12]}…")
     return content
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:

@@ -40,10 +40,13 @@ def take(rows: R, index: Sequence[int] | Tensor) -> R:
 
 
 def pad(rows: R, size: int) -> R:
-    """At least `size` rows: copies of the last row fill up, to be cut off again with `take`."""
+    """At least `size` rows: copies of the last row fill up, to be cut off again with `take`. Raises `ValueError` if there is
+    no last row."""
     missing = size - count(rows)
     if missing <= 0:
         return rows
+    if count(rows) == 0:
+        raise ValueError("rows: none, so there is no row to pad with")
     return cast(R, _map(lambda part: torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]), rows))
 
 
