@@ -1,31 +1,31 @@
-"""Generative adversarial network, class-conditional: a generator G draws an image in one pass, a critic D taught it how.
+"""Generative adversarial network, class-conditional: a generator G draws an image in one pass, taught by a critic D.
 
 Two objectives, by `Config.objective`:
 
-    hinge    E max(0, 1 − D(x)) + E max(0, 1 + D(G(z)))  against  −E D(G(z))          (arXiv 1705.02894, 1802.05957)
+    hinge    E max(0, 1 − D(x)) + E max(0, 1 + D(G(z)))  against  −E D(G(z))         (arXiv 1802.05957, eq. 16 and 17)
              with R1, γ/2 E |∇ₓ D(x)|² on real images                                 (arXiv 1801.04406, eq. 9)
     wgan-gp  E D(G(z)) − E D(x)  against  −E D(G(z)), with λ E (|∇ D(x̂)| − 1)² on
              lines between real and drawn images, `n_critic` critic updates per step  (arXiv 1704.00028, algorithm 1)
 
-The class enters the critic by projection (arXiv 1802.05637, eq. 3) and the generator through conditional normalisation, whose
-gains and biases are a linear map of (z, class embedding). Options: spectral norm on every layer of the critic (arXiv 1802.05957),
-one self-attention layer in either network (arXiv 1805.08318).
+The class enters the critic by projection (arXiv 1802.05637, eq. 3) and the generator through conditional normalisation,
+whose gains and biases are a linear map of (z, class embedding). Options: spectral norm on every layer of the critic
+(arXiv 1802.05957), one self-attention layer in each network (arXiv 1805.08318).
 
 What differs from the papers: layer norm where they have batch norm, so an image never depends on its batch mates; the
-penalty is taken every `penalty_every` steps at so many times its weight (lazily, arXiv 1912.04958, section 3.3), which for
-WGAN-GP means that `penalty_every = 1` is the paper.
+penalty is taken every `penalty_every` steps at so many times its weight (arXiv 1912.04958, section 3.1), so the paper's
+WGAN-GP has `penalty_every = 1`.
 
-    symbol      variable        meaning
-    z           z               latent code, (B, latent), standard normal; scaled by the request's temperature
-    y           labels          class
-    φ           features        the critic's features, (B, channels)
-    ψ, e_y      output, classes its linear reading and its class embedding:  D(x, y) = ψ(φ(x)) + ⟨e_y, φ(x)⟩
-    γ, λ        penalty         weight of R1, of the gradient penalty
+    symbol      variable            meaning
+    z           z                   latent code, (B, latent), standard normal; scaled by the request's temperature
+    y           labels              class
+    φ           features            the critic's features, (B, channels)
+    ψ, e_y      output, classes     its linear reading and its class embedding:  D(x, y) = ψ(φ(x)) + ⟨e_y, φ(x)⟩
+    γ, λ        penalty             weight of R1, of the gradient penalty
 
-Temperature is truncation by scaling: z is drawn and multiplied by it, so 0 gives the class's one mean image. A request without
-a label draws its label from its own noise, uniformly: the mixture over classes.
+Temperature is truncation by scaling: z is drawn and multiplied by it, so at 0 every seed gives the class's one central
+image. A request without a label draws its label from its own noise, uniformly: the mixture over classes.
 
-Shapes: B rows, C channels, (H, W) image, images in [−1, 1] between the two networks.
+Shapes: B rows, C channels, (H, W) image; images lie in [−1, 1] between the two networks.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Config:
 
 
 class SelfAttention(nn.Module):
-    """x + γ · attention(x) over all positions, γ = 0 at first (arXiv 1805.08318, eq. 1–4). (B, C, H, W) -> the same."""
+    """x + γ · attention(x) over all positions, γ = 0 at first (arXiv 1805.08318, eq. 1–3). (B, C, H, W) -> the same."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -105,24 +105,25 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
-        f, g, v = self.mix(x).flatten(2).split([self.inner, self.inner, self.value], dim=1)  # (B, ·, HW)
+        f, g, v = self.mix(x).flatten(2).split([self.inner, self.inner, self.value], dim=1)  # (B, ·, HW) each
         # Written out, as the fused kernels have no second derivative, which the penalties need.
-        attention = (
-            (g.transpose(1, 2) @ f).float().softmax(dim=2).to(v.dtype)
-        )  # (B, HW, HW): to each position, from all
-        return x + self.gamma * self.output((v @ attention.transpose(1, 2)).view(b, self.value, h, w))
+        attention = (f.transpose(1, 2) @ g).float().softmax(dim=1).to(v.dtype)  # (B, HW, HW): from i, to j
+        attended: Tensor = self.output((v @ attention).view(b, self.value, h, w))
+        return x + self.gamma * attended
 
 
 class ConditionalNorm(nn.Module):
-    """Layer norm over (C, H, W) whose gain and bias per channel are a linear map of the code (B, code). Each row by itself."""
+    """Layer norm over (C, H, W) of each row; gain and bias per channel are a linear map of the code (B, code)."""
 
     def __init__(self, channels: int, code: int) -> None:
         super().__init__()
         self.affine = nn.Linear(code, 2 * channels)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        gain, bias = self.affine(code)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1)
-        return torch.addcmul(bias, F.group_norm(x, 1), 1 + gain)
+        affine: Tensor = self.affine(code)[:, :, None, None]
+        gain, bias = affine.chunk(2, dim=1)  # (B, C, 1, 1) each
+        normed: Tensor = F.group_norm(x, 1)
+        return normed * (1 + gain) + bias
 
 
 class GeneratorBlock(nn.Module):
@@ -130,14 +131,30 @@ class GeneratorBlock(nn.Module):
 
     def __init__(self, channels: int, code: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(ConditionalNorm(channels, code) for _ in range(2))
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.norm1, self.norm2 = ConditionalNorm(channels, code), ConditionalNorm(channels, code)
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        h = x
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            h = conv(F.relu(norm(h, code)))
+        h: Tensor = self.conv1(F.relu(self.norm1(x, code)))
+        h = self.conv2(F.relu(self.norm2(h, code)))
         return x + h
+
+
+class GeneratorStage(nn.Module):
+    """All that the generator does at one resolution. (B, channels, H, W) -> (B, target, H, W)."""
+
+    def __init__(self, channels: int, target: int, code: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GeneratorBlock(channels, code) for _ in range(blocks))
+        self.attention = SelfAttention(channels) if attention else nn.Identity()
+        self.norm = ConditionalNorm(channels, code)
+        self.conv = nn.Conv2d(channels, target, 3, padding=1)
+
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, code)
+        h: Tensor = self.conv(F.relu(self.norm(self.attention(x), code)))
+        return h
 
 
 class CriticBlock(nn.Module):
@@ -145,12 +162,11 @@ class CriticBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x
-        for conv in self.convs:
-            h = conv(F.leaky_relu(h, 0.2))
+        h: Tensor = self.conv1(F.leaky_relu(x, 0.2))
+        h = self.conv2(F.leaky_relu(h, 0.2))
         return (x + h) * math.sqrt(0.5)  # keeps the variance at any depth
 
 
@@ -158,7 +174,7 @@ class CriticBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """(z, y) -> image in [−1, 1]. From the coarsest resolution up; a convolution with a pixel shuffle doubles the resolution."""
+    """(z, y) -> image in [−1, 1], from the coarsest resolution up: a convolution and a pixel shuffle double it."""
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
@@ -167,36 +183,31 @@ class Generator(nn.Module):
         self.embedding = nn.Embedding(space.classes, config.embedding) if space.classes else None
         code = config.latent + (config.embedding if space.classes else 0)
         self.start = nn.Linear(code, math.prod(self.start_shape))
-        self.blocks, self.attentions = nn.ModuleList(), nn.ModuleList()
-        self.norms, self.convs = nn.ModuleList(), nn.ModuleList()
-        for level in reversed(range(levels)):
-            width = widths[level]
-            self.blocks.append(nn.ModuleList(GeneratorBlock(width, code) for _ in range(config.blocks[level])))
-            self.attentions.append(SelfAttention(width) if config.attention == space.height >> level else nn.Identity())
-            self.norms.append(ConditionalNorm(width, code))
-            target = 4 * widths[level - 1] if level else space.channels
-            self.convs.append(nn.Conv2d(width, target, 3, padding=1))
-        for conv in self.modules():
-            if isinstance(conv, nn.Conv2d):
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-                nn.init.zeros_(conv.bias)
+        self.stages = nn.ModuleList(
+            GeneratorStage(
+                widths[level],
+                target=4 * widths[level - 1] if level else space.channels,
+                code=code,
+                blocks=config.blocks[level],
+                attention=config.attention == space.height >> level,
+            )
+            for level in reversed(range(levels))
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         """z (B, latent), labels (B,) all given where there are classes -> (B, C, H, W)."""
         code = z if self.embedding is None else torch.cat([z, self.embedding(labels)], dim=1)
         h = self.start(code).view(-1, *self.start_shape).contiguous(memory_format=torch.channels_last)
-        stages = zip(self.blocks, self.attentions, self.norms, self.convs, strict=True)
-        for level, (blocks, attention, norm, conv) in enumerate(stages, start=1):
-            for block in blocks:
-                h = block(h, code)
-            h = conv(F.relu(norm(attention(h), code)))
-            if level < len(self.convs):
-                h = F.pixel_shuffle(h, 2)
+        for i, stage in enumerate(self.stages):
+            h = stage(F.pixel_shuffle(h, 2) if i else h, code)
         return torch.tanh(h)
 
 
 class Critic(nn.Module):
-    """(image in [−1, 1], y) -> logit (B,), float32. A label of −1 reads the image alone: no projection."""
+    """(image in [−1, 1], y) -> logit (B,). A label of −1 reads the image alone: no projection."""
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
@@ -217,7 +228,6 @@ class Critic(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, a=0.2, nonlinearity="leaky_relu")
-                nn.init.zeros_(layer.bias)
         if self.classes is not None:
             nn.init.normal_(self.classes.weight, std=widths[-1] ** -0.5)
         if config.spectral_norm:
@@ -230,8 +240,8 @@ class Critic(nn.Module):
         return F.leaky_relu(self.mix(F.leaky_relu(h.flatten(1), 0.2)), 0.2)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        features = self.features(x).float()
-        logit: Tensor = self.output(features)[:, 0].float()
+        features = self.features(x)
+        logit: Tensor = self.output(features)[:, 0]
         if self.classes is not None:
             projection = (self.classes(labels.clamp(min=0)) * features).sum(dim=1)
             logit = logit + projection * (labels >= 0)
@@ -244,9 +254,9 @@ CriticFunction = Callable[[Tensor, Tensor], Tensor]  # (x, labels) -> logits (B,
 
 
 def gradient_norm_squared(critic: CriticFunction, x: Tensor, labels: Tensor) -> Tensor:
-    """(B,) |∇ₓ D(x, y)|², itself differentiable. In float32 whatever the autocast: second derivatives lose too much in bfloat16."""
+    """(B,) |∇ₓ D(x, y)|², itself differentiable; in float32, as bfloat16 is too coarse for second derivatives."""
     with torch.autocast(x.device.type, enabled=False):
-        x = x.detach().float().requires_grad_()
+        x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(critic(x, labels).sum(), x, create_graph=True)
         return gradient.square().sum(dim=(1, 2, 3))
 
@@ -257,7 +267,7 @@ def r1_penalty(critic: CriticFunction, real: Tensor, labels: Tensor) -> Tensor:
 
 
 def gradient_penalty(critic: CriticFunction, real: Tensor, fake: Tensor, labels: Tensor) -> Tensor:
-    """E (|∇ D(x̂)| − 1)² at x̂ uniform on the line between a real and a drawn image (arXiv 1704.00028, eq. 3, without λ)."""
+    """E (|∇ D(x̂)| − 1)², x̂ uniform between a real and a drawn image (arXiv 1704.00028, eq. 3, without λ)."""
     epsilon = torch.rand(real.shape[0], 1, 1, 1, device=real.device)
     norm = gradient_norm_squared(critic, torch.lerp(fake, real, epsilon), labels).clamp(min=1e-12).sqrt()
     return (norm - 1).square().mean()
@@ -300,7 +310,7 @@ class Model(_protocol.Model):
         return {"critic": list(self.critic.parameters()), "generator": list(self.generator.parameters())}
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
-        """`n_critic` critic losses, each on a part of the batch of its own, then the generator's loss under the updated critic."""
+        """`n_critic` critic losses, each on its part of the batch, then the generator's under the updated critic."""
         due = self.config.penalty > 0 and batch.step % self.config.penalty_every == 0
         weight = self.config.penalty * self.config.penalty_every
         parts = zip(batch.x.chunk(self.config.n_critic), batch.labels.chunk(self.config.n_critic), strict=True)
@@ -308,7 +318,7 @@ class Model(_protocol.Model):
             real = 2 * x - 1
             with torch.no_grad():
                 fake = self._draw(labels).float()
-            logits_real, logits_fake = self.critic(torch.cat([real, fake]), labels.repeat(2)).chunk(2)
+            logits_real, logits_fake = self.critic(torch.cat([real, fake]), labels.repeat(2)).float().chunk(2)
             metrics = {"critic gap": (logits_real.mean() - logits_fake.mean()).detach()}
             if self.config.objective == "hinge":
                 loss = hinge_loss(logits_real, logits_fake)
@@ -323,8 +333,8 @@ class Model(_protocol.Model):
 
         # The critic's weights are constants here: the generator's loss leaves no gradient on them.
         constants = {name: p.detach() for name, p in self.critic.named_parameters()}
-        logits = functional_call(self.critic, constants, (self._draw(labels), labels))
-        yield "generator", -logits.mean(), {}
+        logits = functional_call(self.critic, constants, (self._draw(batch.labels), batch.labels))
+        yield "generator", -logits.float().mean(), {}
 
     def _draw(self, labels: Tensor) -> Tensor:
         """Images in [−1, 1] for the labels of a batch, from torch's global generator."""
