@@ -98,7 +98,7 @@ def read_file(folder: Path, name: str) -> bytes:
 
 
 def update(folder: Path, about: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
-    """Add or replace top-level entries of model.json (metrics, ...) and files of the folder. Raises `CheckpointError`."""
+    """Add or replace entries of model.json (metrics, ...) and files of the folder. Raises `CheckpointError`."""
     files = files or {}
     before = read_about(folder)
     for name, content in files.items():

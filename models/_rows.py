@@ -40,8 +40,8 @@ def take(rows: R, index: Sequence[int] | Tensor) -> R:
 
 
 def pad(rows: R, size: int) -> R:
-    """At least `size` rows: copies of the last row fill up, to be cut off again with `take`. Raises `ValueError` if there is
-    no last row."""
+    """At least `size` rows: copies of the last row fill up, to be cut off again with `take`. Raises `ValueError` where
+    there is none."""
     missing = size - count(rows)
     if missing <= 0:
         return rows

@@ -1,4 +1,4 @@
-"""What a training run shows: a progress bar with loss, images/s and ETA (or lines, in a log file), TensorBoard events."""
+"""What a training run shows: a progress bar (in a log file: lines) with loss, images/s and ETA; TensorBoard events."""
 
 from __future__ import annotations
 
