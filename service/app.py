@@ -38,7 +38,7 @@ def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    app = FastAPI(
+    app = _App(
         title="Drawwell",
         version=VERSION,
         summary="Draws images from every family of deep generative model, and says how likely an image is.",
@@ -50,12 +50,19 @@ def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
     errors.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(RequestContext)  # the last added is the outermost
-    _describe(app)
     return app
 
 
-def _describe(app: FastAPI) -> None:
-    """Complete the OpenAPI document, which the framework caches, with the bodies that routes read by themselves."""
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """The framework's document, completed with the bodies that routes read by themselves."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            document["components"]["schemas"].update(_bodies())
+        return super().openapi()
+
+
+def _bodies() -> dict[str, Any]:
     bodies: list[type[BaseModel]] = [GenerateRequest, ScoreRequest, ScoreOptions, ProblemDetails]
     _, found = models_json_schema(
         [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
@@ -73,4 +80,4 @@ def _describe(app: FastAPI) -> None:
         "properties": {**form["properties"], "images": files},
         "required": [*form["required"], "images"],
     }
-    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+    return schemas

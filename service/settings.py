@@ -1,11 +1,13 @@
 """What an operator may set: environment variables `DRAWWELL_<NAME>`, or arguments of `Settings`.
 
-Built by the composition roots (`__main__`, tests), never at import. A value outside its bounds stops the start with a message.
+Built by the composition roots (`__main__`, tests), never at import. A value outside its bounds stops the start with a
+message.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -17,6 +19,13 @@ class Settings(BaseSettings):
     models: Path = Field(Path("zoo"), description="folder whose subfolders are the checkpoints to serve")
     host: str = Field("127.0.0.1", description="address that the API listens on")
     port: int = Field(8000, ge=0, le=65535, description="port that the API listens on; 0: any free one")
+
+    devices: str = Field(
+        "auto",
+        description='a worker for each: "cpu", "cuda:0,cuda:1", ...; "auto": every CUDA device, else up to four CPU workers',
+    )
+    max_rows: int = Field(64, ge=1, description="most images that step together in one batch of a model")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much the processes tell")
 
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="longest request body, in bytes")
     max_images: int = Field(64, ge=1, description="most images (n) of one generate request")

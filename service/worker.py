@@ -323,17 +323,20 @@ class _Talk:
         """Keep one claim standing for the models that have room; each change replaces it."""
         while True:
             self._changed.clear()
-            changed = asyncio.ensure_future(self._changed.wait())
-            claim = asyncio.ensure_future(claims.claim(self._wanted)) if self._wanted else None
-            await asyncio.wait({changed, claim} if claim else {changed}, return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
-            if claim is None:
+            if not self._wanted:
+                await self._changed.wait()
                 continue
-            if claim.done():
-                self._inbox.put(_NewJob(claim.result()))
-                await self._changed.wait()  # the worker counts the job in before it asks for more
-            else:
+            claim = asyncio.ensure_future(claims.claim(self._wanted))
+            changed = asyncio.ensure_future(self._changed.wait())
+            try:
+                await asyncio.wait([claim, changed], return_when=asyncio.FIRST_COMPLETED)
+                if claim.done():
+                    self._inbox.put(_NewJob(claim.result()))
+                    await changed  # the worker counts the job in before it asks for more
+            finally:
                 claim.cancel()
+                changed.cancel()
+                await asyncio.gather(claim, changed, return_exceptions=True)
 
     async def _hear(self, claims: Claims) -> None:
         async for job_id in claims.cancellations():

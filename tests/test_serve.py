@@ -1,0 +1,309 @@
+"""The real thing: `python -m service serve` with its worker processes, over HTTP on this machine."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+import models
+from models import _checkpoint
+from models._protocol import ImageSpace
+
+SPACE = ImageSpace(width=8, height=8, channels=1, labels=("a", "b", "c"))
+DDPM = {"channels": 8, "multipliers": (1, 2), "bound_steps": 5}
+GAN = {"latent": 4, "embedding": 4, "generator_channels": (8, 8), "critic_channels": (8, 8), "blocks": (0, 1)}
+VAE = {"latent": 4, "width": 8, "blocks": 1, "hidden": 16, "components": 2, "importance_samples": 4}
+
+
+def write(folder: Path, name: str, family: str, config: dict[str, Any], seed: int = 0) -> None:
+    module = models.family(family)
+    made = module.Config(**config)
+    torch.manual_seed(seed)
+    model = module.Model(made, SPACE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    _checkpoint.save(folder / name, model, made, {"metrics": {}})
+
+
+class Server:
+    """A server process on a free port."""
+
+    def __init__(self, folder: Path, log: Path, devices: str = "cpu,cpu") -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.log = log
+        command = [sys.executable, "-m", "service", "serve", "--models", str(folder), "--port", str(self.port)]
+        self.began = time.monotonic()
+        with log.open("wb") as out:
+            self.child = subprocess.Popen(
+                [*command, "--devices", devices], stdout=out, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1]
+            )
+        self.process = psutil.Process(self.child.pid)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+
+    def wait_for(self, path: str, seconds: float = 60) -> float:
+        """Seconds from the start until this path answers 200."""
+        while time.monotonic() - self.began < seconds:
+            try:
+                if self.client.get(path).status_code == 200:
+                    return time.monotonic() - self.began
+            except httpx.TransportError:
+                pass
+            assert self.child.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        raise AssertionError(f"{path} never answered 200:\n{self.log.read_text()}")
+
+    def workers(self) -> list[psutil.Process]:
+        return [p for p in self.process.children() if "service.worker" in " ".join(p.cmdline())]
+
+    def status(self, model: str, wanted: str, seconds: float = 30) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while True:
+            answer = self.client.get(f"/models/{model}")
+            about: dict[str, Any] = answer.json()
+            if about.get("status") == wanted or time.monotonic() > deadline:
+                assert about.get("status") == wanted, about
+                return about
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        self.client.close()
+        self.child.send_signal(signal.SIGTERM)
+        assert self.child.wait(20) == 0, self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zoo")
+    write(folder, "chain", "ddpm", DDPM)
+    write(folder, "gan", "gan", GAN)
+    write(folder, "vae", "vae", VAE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(zoo: Path) -> Iterator[Server]:
+    server = Server(zoo, zoo.parent / "serve.log")
+    server.wait_for("/readyz")
+    yield server
+    server.close()
+    assert "Traceback" not in server.log.read_text()
+
+
+def images(answer: httpx.Response) -> list[bytes]:
+    assert answer.status_code == 200, answer.text
+    return [base64.b64decode(image["b64_json"]) for image in answer.json()["images"]]
+
+
+def test_draws_images_that_are_a_function_of_the_request(server: Server) -> None:
+    body = {"model": "chain", "n": 3, "seed": 2**64 - 1, "steps": 6, "label": "b"}
+    first, again = server.client.post("/generate", json=body), server.client.post("/generate", json=body)
+    assert images(first) == images(again)
+    assert images(server.client.post("/generate", json=body | {"n": 1})) == images(first)[:1]
+    assert len(set(images(first))) == 3
+    assert Image.open(io.BytesIO(images(first)[0])).size == (8, 8)
+    other = server.client.post("/generate", json=body | {"label": 0})
+    assert images(other) != images(first)
+
+
+def test_the_same_alone_and_amid_others_with_other_everything(server: Server) -> None:
+    """A crowd of 63 over both workers, of three models, other steps, solvers, labels and seeds, some of whom hang up midway."""
+    body = {"model": "chain", "n": 2, "seed": 11, "steps": 40, "solver": "ancestral", "label": 1, "guidance_scale": 2.0}
+    alone = images(server.client.post("/generate", json=body))
+    crowd: list[dict[str, Any]] = [
+        {
+            "model": "chain",
+            "seed": k,
+            "steps": 1 + 7 * k % 60,
+            "solver": ["ddim", "ancestral", "dpm-solver++"][k % 3],
+            "label": k % 3,
+        }
+        for k in range(40)
+    ]
+    crowd += [{"model": name, "seed": k, "n": 1 + k % 4} for name in ("gan", "vae") for k in range(11)]
+    with ThreadPoolExecutor(64) as pool:
+        others = [pool.submit(server.client.post, "/generate", json=c) for c in crowd]
+        hung_up = pool.submit(hang_up, server, {"model": "chain", "steps": 1000, "n": 8})
+        mine = pool.submit(server.client.post, "/generate", json=body)
+        assert images(mine.result()) == alone
+        assert all(other.result().status_code == 200 for other in others)
+        hung_up.result()
+
+
+def hang_up(server: Server, body: dict[str, Any]) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.client.base_url}/generate", json=body, timeout=0.3)
+
+
+def test_scores(server: Server) -> None:
+    drawn = server.client.post("/generate", json={"model": "gan", "n": 4, "seed": 1}).json()
+    encoded = [image["b64_json"] for image in drawn["images"]]
+    for model in ("vae", "chain"):
+        together = server.client.post("/score", json={"model": model, "images": encoded}).json()
+        alone = server.client.post("/score", json={"model": model, "images": encoded[2:3]}).json()
+        assert together["kind"] == "bound"
+        assert together["results"][2] == alone["results"][0]
+        for result in together["results"]:
+            assert result["bits_per_dim"] == pytest.approx(-result["log_prob"] / (64 * 0.6931471805599453))
+    refused = server.client.post("/score", json={"model": "gan", "images": encoded})
+    assert refused.status_code == 422
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_api_process_has_no_torch_and_workers_do(server: Server) -> None:
+    def has_torch(process: psutil.Process) -> bool:
+        return any("libtorch" in m.path for m in process.memory_maps())
+
+    assert not has_torch(server.process)
+    assert all(has_torch(w) for w in server.workers())
+
+
+def test_a_worker_killed_midway_changes_no_answer(server: Server) -> None:
+    body = {"model": "chain", "n": 4, "seed": 5, "steps": 300}
+    quiet = images(server.client.post("/generate", json=body))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.client.post, "/generate", json=body)
+        time.sleep(0.2)
+        assert not answer.done()
+        for worker in server.workers():
+            worker.kill()
+        assert images(answer.result(timeout=120)) == quiet
+    assert server.client.get("/healthz").status_code == 200
+    server.wait_for("/readyz", time.monotonic() - server.began + 60)
+
+
+def test_a_stream_survives_the_worker_and_repeats_nothing(server: Server) -> None:
+    body = {"model": "chain", "n": 2, "seed": 6, "steps": 300, "stream": True, "preview_every": 50}
+    steps, samples, last = [], [], ""
+    killed = threading.Event()
+    with server.client.stream("POST", "/generate", json=body) as answer:
+        event = ""
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                event = line[7:]
+            elif line.startswith("data: "):
+                data = json.loads(line[6:])
+                last = event
+                if event == "progress":
+                    steps.append(data["step"])
+                    if not killed.is_set():
+                        killed.set()
+                        for worker in server.workers():
+                            worker.kill()
+                if event == "image":
+                    samples.append(data["sample"])
+    assert last == "completed"
+    assert steps == sorted(set(steps))
+    assert sorted(samples) == [0, 1]
+    server.wait_for("/readyz", time.monotonic() - server.began + 60)
+
+
+def test_models_come_change_break_and_go_without_a_restart(server: Server, zoo: Path) -> None:
+    write(zoo, "late", "gan", GAN, seed=1)
+    first = server.status("late", "ready")
+    body = {"model": "late", "seed": 3}
+    before = server.client.post("/generate", json=body)
+
+    write(zoo, "late", "gan", GAN, seed=2)
+    deadline = time.monotonic() + 30
+    while server.client.get("/models/late").json()["sha256"] == first["sha256"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    changed = server.client.post("/generate", json=body)
+    assert images(changed) != images(before)
+
+    weights = zoo / "late" / _checkpoint.WEIGHTS
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    os.utime(zoo / "late" / _checkpoint.ABOUT)
+    time.sleep(2.5)
+    assert images(server.client.post("/generate", json=body)) == images(changed)
+
+    for file in (zoo / "late").iterdir():
+        file.unlink()
+    (zoo / "late").rmdir()
+    deadline = time.monotonic() + 30
+    while server.client.get("/models/late").status_code != 404 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert server.client.post("/generate", json=body).status_code == 404
+
+
+def test_a_checkpoint_with_one_flipped_byte_fails_alone(server: Server, zoo: Path) -> None:
+    staged = zoo.parent / "staged"
+    write(staged, "bad", "vae", VAE)
+    weights = staged / "bad" / _checkpoint.WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    (staged / "bad").rename(zoo / "bad")
+    about = server.status("bad", "failed")
+    assert "weights.safetensors" in about["error"]
+    assert "sha256" in about["error"]
+    refused = server.client.post("/generate", json={"model": "bad"})
+    assert refused.status_code == 503
+    assert "weights.safetensors" in refused.json()["detail"]
+    assert server.client.post("/generate", json={"model": "gan"}).status_code == 200
+
+
+def test_healthz_answers_within_a_second_and_nothing_is_left_behind(zoo: Path, tmp_path: Path) -> None:
+    server = Server(zoo, tmp_path / "log", devices="cpu")
+    assert server.wait_for("/healthz") < (1.0 if os.environ.get("DRAWWELL_STRICT_TIMES") else 5.0)
+    assert server.client.get("/readyz").status_code == 503
+    server.wait_for("/readyz")
+    children = server.process.children(recursive=True)
+    assert children
+    server.close()
+    _, alive = psutil.wait_procs(children, timeout=5)
+    assert not alive
+
+
+def test_workers_end_when_the_api_is_killed(zoo: Path, tmp_path: Path) -> None:
+    server = Server(zoo, tmp_path / "log", devices="cpu")
+    server.wait_for("/readyz")
+    children = server.process.children(recursive=True)
+    server.child.kill()
+    server.child.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    server.client.close()
+
+
+def test_a_taken_port_and_a_missing_folder_end_with_a_message(server: Server, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    base = [sys.executable, "-m", "service", "serve"]
+    taken = subprocess.run(
+        [*base, "--port", str(server.port), "--models", str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert taken.returncode != 0
+    assert "address already in use" in taken.stderr
+    missing = subprocess.run(
+        [*base, "--models", str(tmp_path / "none")], cwd=root, capture_output=True, text=True, timeout=60
+    )
+    assert missing.returncode == 2
+    assert "is not a folder" in missing.stderr
+    devices = subprocess.run([*base, "--devices", "tpu"], cwd=root, capture_output=True, text=True, timeout=60)
+    assert devices.returncode == 2
+    assert "'tpu'" in devices.stderr
