@@ -82,8 +82,21 @@ def gate(u: Tensor) -> Tensor:
     return gated
 
 
-def _weight(*shape: int, fan_in: int, gain: float = 1.0) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape) * (gain / math.sqrt(fan_in)))
+def _weight(*shape: int, gain: float = 1.0) -> nn.Parameter:
+    """(..., outputs, inputs)"""
+    return nn.Parameter(torch.randn(shape) * (gain / math.sqrt(shape[-1])))
+
+
+def _kernel(weight: Tensor, rows: int, columns: int) -> Tensor:
+    """A convolution's kernel (outputs, inputs, rows, columns) out of weight (outputs, columns · rows · inputs)."""
+    return weight.view(len(weight), columns, rows, -1).permute(0, 3, 2, 1)
+
+
+def _windows(x: Tensor, taps: int, dilation: int) -> Tensor:
+    """(B, W, K) -> (B, W, taps·K): what a centred window of that many columns sees, zeros beyond the edges."""
+    margin = dilation * (taps // 2)
+    padded = F.pad(x, (0, 0, margin, margin))
+    return torch.cat([padded[:, k * dilation :][:, : x.shape[1]] for k in range(taps)], dim=2)
 
 
 class Network(nn.Module):
@@ -104,15 +117,15 @@ class Network(nn.Module):
         self.label = nn.Embedding(space.classes + 1, 2 * f) if space.classes else None  # the last one: no label
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.05)
-        self.above = _weight(f, e, REACH, 2 * REACH + 1, fan_in=e * REACH * (2 * REACH + 1), gain=math.sqrt(2))
-        self.left = _weight(f, REACH, e, fan_in=REACH * e, gain=math.sqrt(2))
-        self.vertical = _weight(n * 2 * f, f, 2, 3, fan_in=6 * f)
+        self.above = _weight(f, (2 * REACH + 1) * REACH * e, gain=math.sqrt(2))  # inputs: columns, rows, channels
+        self.left = _weight(f, REACH * e, gain=math.sqrt(2))  # inputs: columns, channels
+        self.vertical = _weight(n, 2 * f, 3 * 2 * f)  # inputs: columns, rows, features
         self.vertical_bias = nn.Parameter(torch.zeros(n, 2 * f))
-        self.down = _weight(n, 2 * f, f, fan_in=2 * f)  # from the vertical stack to the horizontal
-        self.past = _weight(n, 2 * f, f, fan_in=2 * f)  # the horizontal kernel's tap to the left
-        self.now = _weight(n, 2 * f, f, fan_in=2 * f)  # and the one at the pixel itself
+        self.down = _weight(n, 2 * f, f, gain=math.sqrt(0.5))  # from the vertical stack to the horizontal
+        self.past = _weight(n, 2 * f, f, gain=math.sqrt(0.5))  # the horizontal kernel's tap to the left
+        self.now = _weight(n, 2 * f, f, gain=math.sqrt(0.5))  # and the one at the pixel itself
         self.horizontal_bias = nn.Parameter(torch.zeros(n, 2 * f))
-        self.out = _weight(n, f, f, fan_in=f, gain=0.5)
+        self.out = _weight(n, f, f, gain=0.5)
         self.heads = nn.ModuleList(_head(f + c * config.embedding, config) for c in range(space.channels))
         self.register_buffer("first_level", torch.arange(space.channels) * config.levels, persistent=False)
         # In a row of `PixelRows.past`: where each layer keeps column 0, and the column a dilation before it.
@@ -132,31 +145,23 @@ class Network(nn.Module):
         told: Tensor = self.label(labels.where(labels >= 0, self.label.num_embeddings - 1))
         return told
 
-    def vertical_layers(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Dilation, kernel (2F, F, 2, 3) and bias (2F,) of each layer of the vertical stack."""
-        kernels = self.vertical.split(2 * self.features)
-        return zip(self.dilations, kernels, self.vertical_bias.unbind(), strict=True)
-
     def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Embedded images (B, H, W, C·E), labels (B,) -> features (B, H, W, F) of what is known before each pixel."""
         f = self.features
         x = pixels.permute(0, 3, 1, 2)  # channels-last: (B, C·E, H, W)
-        v = F.conv2d(F.pad(x, (REACH, REACH, REACH, -1)), self.above)
-        h = F.conv2d(F.pad(x, (REACH, -1, 0, 0)), self.left.mT[:, :, None])
+        v = F.conv2d(F.pad(x, (REACH, REACH, REACH, -1)), _kernel(self.above, REACH, 2 * REACH + 1))
+        h = F.conv2d(F.pad(x, (REACH, -1, 0, 0)), _kernel(self.left, 1, REACH))
         base = (self.place + self.told(labels)[:, None, None]).to(v.dtype).permute(0, 3, 1, 2)
         v, h = v + base[:, :f], h + base[:, f:]
-        kernels = torch.stack([self.past, self.now], dim=-1)[:, :, :, None].unbind()  # (2F, F, 1, 2) each
-        horizontal = zip(
-            self.down[..., None, None].unbind(),
-            kernels,
-            self.horizontal_bias.unbind(),
-            self.out[..., None, None].unbind(),
-            strict=True,
-        )
-        for (d, kernel, bias), (down, beside, shift, out) in zip(self.vertical_layers(), horizontal, strict=True):
-            v = v + gate(F.conv2d(F.pad(v, (d, d, d, 0)), kernel, bias, dilation=d))
-            u = F.conv2d(v, down) + F.conv2d(F.pad(h, (d, 0, 0, 0)), beside, shift, dilation=d)  # (B, 2F, H, W)
-            h = h + F.conv2d(gate(u), out)
+        beside = torch.cat([self.past, self.now], dim=2)
+        weights = (self.vertical, self.vertical_bias, self.down, beside, self.horizontal_bias, self.out)
+        layers = zip(*(weight.unbind() for weight in weights), strict=True)
+        for d, (above, v_bias, down, left, h_bias, out) in zip(self.dilations, layers, strict=True):
+            v = v + gate(F.conv2d(F.pad(v, (d, d, d, 0)), _kernel(above, 2, 3), v_bias, dilation=d))
+            u = F.conv2d(v, _kernel(down, 1, 1)) + F.conv2d(
+                F.pad(h, (d, 0, 0, 0)), _kernel(left, 1, 2), h_bias, dilation=d
+            )
+            h = h + F.conv2d(gate(u), _kernel(out, 1, 1))
         return h.permute(0, 2, 3, 1)
 
     def logits(self, channel: int, features: Tensor, pixel: Tensor) -> Tensor:
@@ -290,7 +295,7 @@ class Model(_protocol.Model, OnePassDensity):
         window = (here[:, None] + torch.arange(REACH, device=column.device)).flatten()
         beside = rows.row.view(-1, rows.row.shape[2]).index_select(0, window).view(b, -1)  # (B, REACH·C·E)
         below = rows.below.view(b * width, -1).index_select(0, chain * width + column)
-        h = torch.addmm(below[:, :f], beside, net.left.flatten(1).mT)  # (B, F)
+        h = torch.addmm(below[:, :f], beside, net.left.mT)  # (B, F)
 
         past = rows.past.view(-1, f)
         in_past = (chain * (past.shape[0] // b) + column)[:, None]
@@ -321,13 +326,13 @@ class Model(_protocol.Model, OnePassDensity):
         inputs = torch.cat([rows.rows[at, 1:], rows.row[at, None, REACH:]], dim=1)  # (b, REACH, W, C·E)
         rows.rows[at] = inputs
         base = net.place[i] + net.told(rows.label[at])[:, None]  # (b, W, 2F)
-        v = F.conv2d(inputs.permute(0, 3, 1, 2), net.above, padding=(0, REACH))[:, :, 0].mT + base[..., :f]  # (b, W, F)
+        seen = _windows(inputs.transpose(1, 2).flatten(2), 2 * REACH + 1, 1)
+        v = F.linear(seen, net.above) + base[..., :f]  # (b, W, F)
         found = []
-        for cache, (d, kernel, bias) in zip(rows.above, net.vertical_layers(), strict=True):
-            both = torch.stack([cache[at, i % d], v], dim=1)  # (b, 2, W, F): image rows i − d and i
+        for cache, d, weight, bias in zip(rows.above, net.dilations, net.vertical, net.vertical_bias, strict=True):
+            both = torch.cat([cache[at, i % d], v], dim=2)  # (b, W, 2F): image rows i − d and i
             cache[at, i % d] = v
-            u = F.conv2d(F.pad(both, (0, 0, d, d)).permute(0, 3, 1, 2), kernel, bias, dilation=(1, d))
-            v = v + F.glu(u, dim=1)[:, :, 0].mT
+            v = v + F.glu(F.linear(_windows(both, 3, d), weight, bias))
             found.append(v)
         gates = torch.einsum("lbwf,lgf->bwlg", torch.stack(found), net.down) + net.horizontal_bias
         rows.below[at] = torch.cat([base[..., f:], gates.flatten(2)], dim=2)
