@@ -1,0 +1,321 @@
+"""Measures a checkpoint: likelihood, quality, diversity, memorisation and speed, into model.json, pictures and its card.
+
+Every metric is a dict {value, unit, direction, data, n, ...}: `direction` says whether higher or lower is better, `n` how many
+images it was measured on, `real` what as many real images reach.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from models import _checkpoint, _rows
+from models._protocol import JSON, UNLABELLED, Density, Draw, Model, Spec, bits_per_dim
+from training import data as datasets
+from training import pictures, quality
+from training.card import card
+from training.data import Dataset, Split
+from training.errors import DataError
+from training.features import FeatureSpace, feature_space
+
+Metric = dict[str, JSON]
+Report = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured. Numbers are comparable between models where these are equal."""
+
+    samples: int = 1000
+    test_images: int = 10_000  # whose likelihood is computed, if time allows
+    train_images: int = 2_000  # for the gap between training and test
+    seconds: float = 600.0  # after which a likelihood stops, with at least `LEAST` images
+    unseen: int = 2_000  # held-out images that the memorisation test is calibrated on
+    batch: int = 64
+    seed: int = 0
+
+
+LEAST = 256
+COLUMNS = 8  # of the sheets
+
+
+def evaluate(
+    checkpoint: Path,
+    data_dir: Path | None = None,
+    console: Console | None = None,
+    settings: Settings | None = None,
+    features_dir: Path | None = None,
+) -> dict[str, Metric]:
+    """Measure the checkpoint on its own data set, write metrics, samples.png, neighbours.png and README.md into it, and
+    return the metrics.
+
+    features_dir: where the data set's feature network is cached. Raises `CheckpointError`, and `DataError` where the
+    data set is not the one that the model was trained on.
+    """
+    console, settings = console or Console(), settings or Settings()
+    about = _checkpoint.read_about(checkpoint)
+    data = datasets.load(about["data"]["name"], data_dir)
+    if data.digest != about["data"]["sha256"]:
+        raise DataError(f"{data.name}: not the data that {checkpoint.name} was trained on (another sha256)")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _checkpoint.load(checkpoint, device)
+    bars = _Bars(console)
+    with bars.task("feature network") as report:
+        space = feature_space(data, folder=features_dir, report=report)
+    n = min(settings.samples, len(data.splits["train"]) // 2)  # two halves of as many training images are the floor
+    asked = draws(model.spec, n, settings.seed, data.splits["test"].captions)
+    with bars.task("samples") as report:
+        samples = sample(model, asked, settings.batch, report)
+    metrics = _likelihood(model, data, settings, bars) | _quality(samples, asked, data, space)
+    with bars.task("memorisation"):
+        copies = quality.memorisation(
+            quality.flat(samples),
+            quality.flat(data.splits["train"].x),
+            quality.flat(data.splits["test"].x[: settings.unseen]),
+        )
+    metrics["memorised"] = _memorised(copies, data)
+    with bars.task("speed"):
+        metrics |= _speed(model, settings.seed, data.splits["test"].captions)
+    files = {
+        "samples.png": _samples_sheet(samples, model.spec),
+        "neighbours.png": _neighbours_sheet(samples, data.splits["train"], copies),
+    }
+    about |= {"metrics": metrics}
+    _checkpoint.update(checkpoint, {"metrics": metrics}, {**files, "README.md": card(checkpoint.name, about).encode()})
+    for name, entry in metrics.items():
+        console.print(f"{name:28} {entry['value']:.4g} {entry['unit']} (n = {entry['n']})", highlight=False)
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def draws(spec: Spec, n: int, seed: int, captions: Sequence[str] = ()) -> list[Draw]:
+    """n draws at the Spec's default settings, the classes in turn."""
+    return [
+        Draw(
+            seed=seed,
+            sample=i,
+            steps=spec.steps.default,
+            solver=spec.solvers[0] if spec.solvers else None,
+            label=i % spec.image.classes if spec.image.labels else UNLABELLED,
+            prompt=captions[i % len(captions)] if spec.image.captions else None,
+            guidance_scale=spec.guidance_scale.default if spec.guidance_scale else 1.0,
+            temperature=spec.temperature.default if spec.temperature else 1.0,
+        )
+        for i in range(n)
+    ]
+
+
+def sample(
+    model: Model, asked: Sequence[Draw], batch: int, report: Report = lambda done, total: None
+) -> NDArray[np.uint8]:
+    """The 8-bit images (N, C, H, W) of the draws, `batch` at a time."""
+    images = np.empty((len(asked), *model.spec.image.shape), dtype=np.uint8)
+    with torch.inference_mode():
+        for start in range(0, len(asked), batch):
+            rows = model.init(asked[start : start + batch])
+            index = np.arange(start, start + _rows.count(rows))
+            while len(index):
+                rows = model.step(rows)
+                finished = (rows.left == 0).cpu()
+                if finished.any():
+                    done = _rows.take(rows, finished.nonzero()[:, 0])
+                    images[index[finished]] = (model.image(done) * 255).round().to(torch.uint8).cpu().numpy()
+                    rows, index = _rows.take(rows, (~finished).nonzero()[:, 0]), index[~finished]
+            report(min(start + batch, len(asked)), len(asked))
+    return images
+
+
+# ---------------------------------------------------------------------------------------------------------- likelihood
+
+
+def log_probs(
+    density: Density, split: Split, labelled: bool, settings: Settings, limit: int, report: Report
+) -> NDArray[np.float64]:
+    """(n,) nats of the first n images, n = `limit` or as many as the time allows (the order is that of a hash: chance)."""
+    limit = min(limit, len(split))
+    values: list[Tensor] = []
+    done, began = 0, time.perf_counter()
+    device = density.device if isinstance(density, Model) else torch.device("cpu")
+    with torch.inference_mode():
+        while done < limit and (done < LEAST or time.perf_counter() - began < settings.seconds):
+            part = split.take(np.arange(done, min(done + settings.batch, limit)))
+            x = torch.from_numpy(part.x).to(device).to(torch.float32) / 255
+            labels = torch.from_numpy(part.labels).to(device) if labelled else None
+            value = density.log_prob(x, labels).log_prob
+            assert value is not None, "a likelihood that is not 'unnormalised' has a log_prob"
+            values.append(value.double().cpu())
+            done += len(part)
+            report(done, limit)
+    return torch.cat(values).numpy()
+
+
+def _likelihood(model: Model, data: Dataset, settings: Settings, bars: _Bars) -> dict[str, Metric]:
+    """bits/dim of the test split, without labels and with them, and how much better the training split's are."""
+    likelihood = model.spec.likelihood
+    if likelihood is None or likelihood.kind == "unnormalised":
+        return {}
+    assert isinstance(model, Density), "a Spec with a likelihood belongs to a Density"
+
+    def bits(split: str, labelled: bool, limit: int) -> NDArray[np.float64]:
+        with bars.task(f"likelihood, {split}{' given labels' if labelled else ''}") as report:
+            nats = log_probs(model, data.splits[split], labelled, settings, limit, report)
+        return bits_per_dim(torch.from_numpy(nats), model.spec.image.dims).numpy()
+
+    how: Metric = {"kind": likelihood.kind, "dequantisation": likelihood.dequantisation, "note": likelihood.note}
+    test = bits("test", False, settings.test_images)
+    metrics = {"bits_per_dim": _mean(test, "bits/dim", "lower", f"{data.name} test", **how)}
+    if model.spec.image.labels:
+        given = bits("test", True, settings.test_images)
+        metrics["bits_per_dim_given_label"] = _mean(given, "bits/dim", "lower", f"{data.name} test", **how)
+    train = bits("train", False, min(settings.train_images, len(test)))
+    metrics["bits_per_dim_gap"] = metric(
+        test.mean() - train.mean(),
+        "bits/dim",
+        "lower",
+        f"{data.name} test minus train",
+        len(train),
+        stderr=math.hypot(_stderr(test), _stderr(train)),
+    )
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------- quality, copies and speed
+
+
+def _quality(
+    samples: NDArray[np.uint8], asked: Sequence[Draw], data: Dataset, space: FeatureSpace
+) -> dict[str, Metric]:
+    """FD-local, density and coverage against as many training images, beside what as many other training images reach."""
+    n, train = len(samples), data.splits["train"]
+    fake, predicted = space.describe(samples)
+    real, _ = space.describe(train.x[:n])
+    other, _ = space.describe(train.x[n : 2 * n])
+    found, floor = quality.density_coverage(real, fake), quality.density_coverage(real, other)
+    against = f"{data.name} train"
+    how: Metric = {"network_sha256": space.sha256[:16], "network_accuracy": round(space.accuracy, 4)}
+    metrics = {
+        "fd_local": metric(
+            quality.frechet_distance(real, fake),
+            "squared distance",
+            "lower",
+            against,
+            n,
+            real=_significant(quality.frechet_distance(real, other)),
+            **how,
+        ),
+        "density": metric(
+            found.density, "ratio", "higher", against, n, real=_significant(floor.density), k=quality.NEAREST, **how
+        ),
+        "coverage": metric(
+            found.coverage, "share", "higher", against, n, real=_significant(floor.coverage), k=quality.NEAREST, **how
+        ),
+    }
+    if data.space.labels:
+        agrees = (predicted.numpy() == np.array([draw.label for draw in asked])).astype(np.float64)
+        metrics["label_agreement"] = _mean(
+            agrees, "share", "higher", "samples of each class in turn", real=round(space.accuracy, 4), **how
+        )
+    return metrics
+
+
+def _memorised(copies: quality.Memorisation, data: Dataset) -> Metric:
+    return metric(
+        copies.share,
+        "share",
+        "lower",
+        f"samples against {data.name} train",
+        len(copies.ratio),
+        real=quality.SUSPICIOUS,
+        p_value=_significant(copies.p_value),
+        note="samples nearer to one training image than all but 1 % of test images are, relative to the next five",
+    )
+
+
+def _speed(model: Model, seed: int, captions: Sequence[str]) -> dict[str, Metric]:
+    """Images per second at the Spec's default settings: the median of a few runs, after one to warm up."""
+    where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    metrics: dict[str, Metric] = {}
+    for batch in (1, 16):
+        asked = draws(model.spec, batch, seed, captions)
+        sample(model, asked, batch)
+        seconds: list[float] = []
+        while not seconds or (sum(seconds) < 2.0 and len(seconds) < 20):
+            began = time.perf_counter()
+            sample(model, asked, batch)
+            seconds.append(time.perf_counter() - began)
+        rate = batch / statistics.median(seconds)
+        metrics[f"images_per_second_batch_{batch}"] = metric(
+            rate, "images/s", "higher", where, batch * len(seconds), steps=model.spec.steps.default, batch=batch
+        )
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def _samples_sheet(samples: NDArray[np.uint8], spec: Spec) -> bytes:
+    """A row for each class, or eight rows where there are none."""
+    if not spec.image.labels:
+        return pictures.sheet(samples[: COLUMNS**2], COLUMNS)
+    classes = spec.image.classes
+    index = np.arange(classes)[:, None] + classes * np.arange(min(COLUMNS, len(samples) // classes))
+    return pictures.sheet(samples[index.ravel()], index.shape[1], spec.image.labels)
+
+
+def _neighbours_sheet(samples: NDArray[np.uint8], train: Split, copies: quality.Memorisation) -> bytes:
+    """The samples most like copies, each at the left of its nearest training images, and its ratio."""
+    worst = copies.ratio.argsort()[:COLUMNS].numpy()
+    rows = [np.concatenate([samples[i : i + 1], train.x[copies.neighbours[i].numpy()]]) for i in worst]
+    return pictures.sheet(np.concatenate(rows), len(rows[0]), [f"{float(copies.ratio[i]):.2f}" for i in worst])
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def metric(value: float, unit: str, direction: str, data: str, n: int, **more: JSON) -> Metric:
+    """One entry of model.json's metrics. Raises `ValueError` for a value that is not finite."""
+    if not math.isfinite(value):
+        raise ValueError(f"metric: {value} {unit} on {data} is not a number to publish")
+    return {"value": _significant(value), "unit": unit, "direction": direction, "data": data, "n": n, **more}
+
+
+def _mean(values: NDArray[np.float64], unit: str, direction: str, data: str, **more: JSON) -> Metric:
+    return metric(values.mean(), unit, direction, data, len(values), stderr=_significant(_stderr(values)), **more)
+
+
+def _stderr(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def _significant(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
+class _Bars:
+    """A progress bar for each part of the work; a line each where the output is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[Report]:
+        began = time.perf_counter()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(name, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        self.console.print(f"{name}: {time.perf_counter() - began:.0f} s", highlight=False)
