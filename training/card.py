@@ -21,8 +21,8 @@ def card(name: str, about: Mapping[str, Any]) -> str:
     colours = "grey" if space["channels"] == 1 else "colour"
     sections = [
         f"# {name}",
-        f"A {conditions}`{about['family']}` of {space['width']}×{space['height']} {colours} images, trained on {data['name']}"
-        + (f" by the recipe `{recipe['name']}`." if "name" in recipe else "."),
+        f"A {conditions}`{about['family']}` of {space['width']}×{space['height']} {colours} images, "
+        f"trained on {data['name']}" + (f" by the recipe `{recipe['name']}`." if "name" in recipe else "."),
         "![samples](samples.png)",
         "Samples at the default settings, seed 0, none left out"
         + (", a row for each class." if space["labels"] else "."),
@@ -46,12 +46,12 @@ def card(name: str, about: Mapping[str, Any]) -> str:
 def _metrics(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["| | value | better | real | n | on |", "|---|---|---|---|---|---|"]
     for name, m in metrics.items():
-        error = f" ± {m['stderr']:.2g}" if "stderr" in m else ""
+        value = f"{m['value']:.4g}" + (f" ± {m['stderr']:.2g}" if "stderr" in m else "")
         notes = ", ".join(str(m[k]) for k in ("kind", "note") if m.get(k))
         on = m["data"] + (f" ({notes})" if notes else "")
         real = f"{m['real']:.4g}" if "real" in m else ""
         lines.append(
-            f"| {name.replace('_', ' ')} | {m['value']:.4g}{error} {m['unit']} | {m['direction']} | {real} | {m['n']} | {on} |"
+            f"| {name.replace('_', ' ')} | {value} {m['unit']} | {m['direction']} | {real} | {m['n']} | {on} |"
         )
     return "\n".join(lines)
 
@@ -94,7 +94,8 @@ def _training(about: Mapping[str, Any], data: Mapping[str, Any], recipe: Mapping
     lines = [f"- data: {data['name']} ({splits}), sha256 `{data['sha256'][:16]}…`"]
     if recipe:
         lines.append(
-            f"- {recipe['steps']:,} steps of {recipe['batch_size']} images, {recipe['precision']}, seed {recipe['seed']}"
+            f"- {recipe['steps']:,} steps of {recipe['batch_size']} images, "
+            f"{recipe['precision']}, seed {recipe['seed']}"
         )
     lines.append(f"- network and objective: `{json.dumps(about['config'])}`")
     if about.get("revision"):
@@ -112,8 +113,8 @@ def _cautions(metrics: Mapping[str, Mapping[str, Any]], spec: Mapping[str, Any])
             else "no more than chance explains"
         )
         lines.append(
-            f"- Memorisation: {copies['value']:.1%} of {copies['n']} samples stand out by their nearness to one training image, "
-            f"where 1 % of unseen images do (p = {copies['p_value']:.2g}): {verdict}. "
+            f"- Memorisation: {copies['value']:.1%} of {copies['n']} samples stand out by their nearness to one "
+            f"training image, where 1 % of unseen images do (p = {copies['p_value']:.2g}): {verdict}. "
             "`neighbours.png` shows the eight that stand out most, each left of its nearest training images."
         )
     if spec["likelihood"] is not None:

@@ -1,15 +1,14 @@
-"""Measures a checkpoint: likelihood, quality, diversity, memorisation and speed, into model.json, pictures and its card.
+"""Measures a checkpoint: likelihood, quality, diversity, memorisation, speed. They go into model.json and its card.
 
-Every metric is a dict {value, unit, direction, data, n, ...}: `direction` says whether higher or lower is better, `n` how many
-images it was measured on, `real` what as many real images reach.
+Every metric is a dict {value, unit, direction, data, n, ...}: `direction` says whether higher or lower is better, `n`
+how many images it was measured on, `real` what as many real images reach.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +18,18 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
-from models import _checkpoint, _rows
-from models._protocol import JSON, UNLABELLED, Density, Draw, Model, Spec, bits_per_dim
+from models import _checkpoint
+from models._protocol import JSON, Draw, Model, Spec, bits_per_dim
 from training import data as datasets
 from training import pictures, quality
 from training.card import card
 from training.data import Dataset, Split
 from training.errors import DataError
 from training.features import FeatureSpace, feature_space
+from training.measure import Report, draws, images_per_second, log_probs, sample
 
 Metric = dict[str, JSON]
-Report = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,12 @@ class Settings:
     samples: int = 1000
     test_images: int = 10_000  # whose likelihood is computed, if time allows
     train_images: int = 2_000  # for the gap between training and test
-    seconds: float = 600.0  # after which a likelihood stops, with at least `LEAST` images
+    seconds: float = 600.0  # after which a likelihood stops with the images that it has
     unseen: int = 2_000  # held-out images that the memorisation test is calibrated on
     batch: int = 64
     seed: int = 0
 
 
-LEAST = 256
 COLUMNS = 8  # of the sheets
 
 
@@ -99,68 +96,7 @@ def evaluate(
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------------- samples
-
-
-def draws(spec: Spec, n: int, seed: int, captions: Sequence[str] = ()) -> list[Draw]:
-    """n draws at the Spec's default settings, the classes in turn."""
-    return [
-        Draw(
-            seed=seed,
-            sample=i,
-            steps=spec.steps.default,
-            solver=spec.solvers[0] if spec.solvers else None,
-            label=i % spec.image.classes if spec.image.labels else UNLABELLED,
-            prompt=captions[i % len(captions)] if spec.image.captions else None,
-            guidance_scale=spec.guidance_scale.default if spec.guidance_scale else 1.0,
-            temperature=spec.temperature.default if spec.temperature else 1.0,
-        )
-        for i in range(n)
-    ]
-
-
-def sample(
-    model: Model, asked: Sequence[Draw], batch: int, report: Report = lambda done, total: None
-) -> NDArray[np.uint8]:
-    """The 8-bit images (N, C, H, W) of the draws, `batch` at a time."""
-    images = np.empty((len(asked), *model.spec.image.shape), dtype=np.uint8)
-    with torch.inference_mode():
-        for start in range(0, len(asked), batch):
-            rows = model.init(asked[start : start + batch])
-            index = np.arange(start, start + _rows.count(rows))
-            while len(index):
-                rows = model.step(rows)
-                finished = (rows.left == 0).cpu()
-                if finished.any():
-                    done = _rows.take(rows, finished.nonzero()[:, 0])
-                    images[index[finished]] = (model.image(done) * 255).round().to(torch.uint8).cpu().numpy()
-                    rows, index = _rows.take(rows, (~finished).nonzero()[:, 0]), index[~finished]
-            report(min(start + batch, len(asked)), len(asked))
-    return images
-
-
-# ---------------------------------------------------------------------------------------------------------- likelihood
-
-
-def log_probs(
-    density: Density, split: Split, labelled: bool, settings: Settings, limit: int, report: Report
-) -> NDArray[np.float64]:
-    """(n,) nats of the first n images, n = `limit` or as many as the time allows (the order is that of a hash: chance)."""
-    limit = min(limit, len(split))
-    values: list[Tensor] = []
-    done, began = 0, time.perf_counter()
-    device = density.device if isinstance(density, Model) else torch.device("cpu")
-    with torch.inference_mode():
-        while done < limit and (done < LEAST or time.perf_counter() - began < settings.seconds):
-            part = split.take(np.arange(done, min(done + settings.batch, limit)))
-            x = torch.from_numpy(part.x).to(device).to(torch.float32) / 255
-            labels = torch.from_numpy(part.labels).to(device) if labelled else None
-            value = density.log_prob(x, labels).log_prob
-            assert value is not None, "a likelihood that is not 'unnormalised' has a log_prob"
-            values.append(value.double().cpu())
-            done += len(part)
-            report(done, limit)
-    return torch.cat(values).numpy()
+# --------------------------------------------------------------------------------------------------- parts of the work
 
 
 def _likelihood(model: Model, data: Dataset, settings: Settings, bars: _Bars) -> dict[str, Metric]:
@@ -168,11 +104,10 @@ def _likelihood(model: Model, data: Dataset, settings: Settings, bars: _Bars) ->
     likelihood = model.spec.likelihood
     if likelihood is None or likelihood.kind == "unnormalised":
         return {}
-    assert isinstance(model, Density), "a Spec with a likelihood belongs to a Density"
 
     def bits(split: str, labelled: bool, limit: int) -> NDArray[np.float64]:
         with bars.task(f"likelihood, {split}{' given labels' if labelled else ''}") as report:
-            nats = log_probs(model, data.splits[split], labelled, settings, limit, report)
+            nats = log_probs(model, data.splits[split], labelled, limit, settings.seconds, settings.batch, report)
         return bits_per_dim(torch.from_numpy(nats), model.spec.image.dims).numpy()
 
     how: Metric = {"kind": likelihood.kind, "dequantisation": likelihood.dequantisation, "note": likelihood.note}
@@ -199,7 +134,7 @@ def _likelihood(model: Model, data: Dataset, settings: Settings, bars: _Bars) ->
 def _quality(
     samples: NDArray[np.uint8], asked: Sequence[Draw], data: Dataset, space: FeatureSpace
 ) -> dict[str, Metric]:
-    """FD-local, density and coverage against as many training images, beside what as many other training images reach."""
+    """FD-local, density and coverage against as many training images, and what as many other training images reach."""
     n, train = len(samples), data.splits["train"]
     fake, predicted = space.describe(samples)
     real, _ = space.describe(train.x[:n])
@@ -246,20 +181,13 @@ def _memorised(copies: quality.Memorisation, data: Dataset) -> Metric:
 
 
 def _speed(model: Model, seed: int, captions: Sequence[str]) -> dict[str, Metric]:
-    """Images per second at the Spec's default settings: the median of a few runs, after one to warm up."""
+    """Images per second at the Spec's default settings, for one image at a time and for sixteen."""
     where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     metrics: dict[str, Metric] = {}
     for batch in (1, 16):
-        asked = draws(model.spec, batch, seed, captions)
-        sample(model, asked, batch)
-        seconds: list[float] = []
-        while not seconds or (sum(seconds) < 2.0 and len(seconds) < 20):
-            began = time.perf_counter()
-            sample(model, asked, batch)
-            seconds.append(time.perf_counter() - began)
-        rate = batch / statistics.median(seconds)
+        rate, runs = images_per_second(model, draws(model.spec, batch, seed, captions))
         metrics[f"images_per_second_batch_{batch}"] = metric(
-            rate, "images/s", "higher", where, batch * len(seconds), steps=model.spec.steps.default, batch=batch
+            rate, "images/s", "higher", where, batch * runs, steps=model.spec.steps.default, batch=batch
         )
     return metrics
 

@@ -115,7 +115,7 @@ def feature_space(
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"key": key, "task": task, "accuracy": repr(accuracy)}
         write_file(file, save(dict(network.state_dict()), metadata=metadata))
-    with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+    with safe_open(file, framework="pt") as opened:
         accuracy = float(opened.metadata()["accuracy"])
     network.load_state_dict(load_file(file))
     network.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ SMALL = 56  # images narrower than this are shown larger by a whole factor, pixe
 
 
 def sheet(images: NDArray[np.uint8], columns: int, labels: Sequence[str] = ()) -> bytes:
-    """Images (N, C, H, W), C 1 or 3, row by row on a white PNG; each row with its label on the left, if there are labels."""
+    """Images (N, C, H, W), C 1 or 3, row by row as a PNG on white; each row's label, if there are any, on its left."""
     n, channels, height, width = images.shape
     scale = max(1, SMALL // width)
     cell_w, cell_h = width * scale + GAP, height * scale + GAP

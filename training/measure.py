@@ -1,0 +1,100 @@
+"""What is measured by running a model: its samples, the likelihood of images, its speed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models import _rows
+from models._protocol import UNLABELLED, Density, Draw, Model, Spec
+from training.data import Split
+
+Report = Callable[[int, int], None]  # (done, total)
+
+LEAST = 256  # images whose likelihood is computed however long it takes
+
+
+def _silent(done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+def draws(spec: Spec, n: int, seed: int, captions: Sequence[str] = ()) -> list[Draw]:
+    """n draws at the Spec's default settings, the classes in turn."""
+    return [
+        Draw(
+            seed=seed,
+            sample=i,
+            steps=spec.steps.default,
+            solver=spec.solvers[0] if spec.solvers else None,
+            label=i % spec.image.classes if spec.image.labels else UNLABELLED,
+            prompt=captions[i % len(captions)] if spec.image.captions else None,
+            guidance_scale=spec.guidance_scale.default if spec.guidance_scale else 1.0,
+            temperature=spec.temperature.default if spec.temperature else 1.0,
+        )
+        for i in range(n)
+    ]
+
+
+def sample(model: Model, asked: Sequence[Draw], batch: int, report: Report = _silent) -> NDArray[np.uint8]:
+    """The 8-bit images (N, C, H, W) of the draws, `batch` at a time."""
+    images = np.empty((len(asked), *model.spec.image.shape), dtype=np.uint8)
+    with torch.inference_mode():
+        for start in range(0, len(asked), batch):
+            rows = model.init(asked[start : start + batch])
+            index = np.arange(start, start + _rows.count(rows))
+            while len(index):
+                rows = model.step(rows)
+                finished = (rows.left == 0).cpu()
+                if finished.any():
+                    done = _rows.take(rows, finished.nonzero()[:, 0])
+                    images[index[finished]] = (model.image(done) * 255).round().to(torch.uint8).cpu().numpy()
+                    rows, index = _rows.take(rows, (~finished).nonzero()[:, 0]), index[~finished]
+            report(min(start + batch, len(asked)), len(asked))
+    return images
+
+
+def log_probs(
+    model: Model,
+    split: Split,
+    labelled: bool,
+    limit: int,
+    seconds: float,
+    batch: int = 64,
+    report: Report = _silent,
+) -> NDArray[np.float64]:
+    """(n,) nats of the first n images: `limit` of them, or as many as are done after `seconds`, but at least `LEAST`.
+
+    The images of a split stand in the order of a hash: the first are a fair selection. labelled: given their labels.
+    """
+    assert isinstance(model, Density), "a model whose Spec has a likelihood is a Density"
+    limit = min(limit, len(split))
+    values: list[Tensor] = []
+    done, began = 0, time.perf_counter()
+    with torch.inference_mode():
+        while done < limit and (done < LEAST or time.perf_counter() - began < seconds):
+            part = split.take(np.arange(done, min(done + batch, limit)))
+            x = torch.from_numpy(part.x).to(model.device).to(torch.float32) / 255
+            labels = torch.from_numpy(part.labels).to(model.device) if labelled else None
+            value = model.log_prob(x, labels).log_prob
+            assert value is not None, "a likelihood that is not 'unnormalised' has a log_prob"
+            values.append(value.double().cpu())
+            done += len(part)
+            report(done, limit)
+    return torch.cat(values).numpy()
+
+
+def images_per_second(model: Model, asked: Sequence[Draw]) -> tuple[float, int]:
+    """Speed of sampling all the draws as one batch: the median of a few runs after one to warm up, and their number."""
+    sample(model, asked, len(asked))
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < 2.0 and len(seconds) < 20):
+        began = time.perf_counter()
+        sample(model, asked, len(asked))
+        seconds.append(time.perf_counter() - began)
+    return len(asked) / statistics.median(seconds), len(seconds)
