@@ -4,9 +4,9 @@ A *lane* is one model (one version of it) and what is done with it, drawing or s
 together in one batch, at whatever ticks they stand. The scheduler says who steps; what happens goes out as messages
 of a job.
 
-Exactness: a step's batch is filled up to a multiple of `ROW_MULTIPLE` rows with copies of the last one. Matrix
-products and convolutions choose other summation orders for odd sizes; for these sizes a row's floats do not depend on
-how many others there are.
+Exactness: a row's floats must not depend on how many others step with it, but matrix products and convolutions choose
+their order of summation by size. So a batch is filled up with copies of its last row, to a multiple of
+`_rows.ROW_MULTIPLE`, or, where a measurement at load shows that those sizes too differ, always to one canonical size.
 
 Isolation: a step that raises is taken again row by row, and only the jobs of the rows that raise fail; a row whose
 result is not finite fails alone.
@@ -44,7 +44,7 @@ from service.scheduler import Plan, Row, Scheduler, Ticket
 
 log = logging.getLogger(__name__)
 
-ROW_MULTIPLE = 4
+CANONICAL_ROWS = 16  # of every batch on a CPU, where sizes are not alike
 PROGRESS_EVERY = 0.25  # seconds between progress messages of a job, previews apart
 
 Emit = Callable[[str, Message, bool], None]  # job, message, final
@@ -61,6 +61,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._emit, self._device, self._clock = emit, torch.device(device), clock
+        self._max_rows = max_rows
         self._scheduler = Scheduler(max_rows)
         self._models: dict[str, tuple[str, Model]] = {}  # id -> (version, model)
         self._lanes: dict[str, _Lane] = {}
@@ -81,10 +82,11 @@ class Engine:
             programs.append(_Scoring(model))
         for program in programs:
             name = f"{model_id}@{version}/{program.name}"
-            for rows in (1, 1, 2 * ROW_MULTIPLE):  # the first pays for what is set up once
-                seconds = self._warm(program, rows)
-            self._scheduler.observe(name, ROW_MULTIPLE, seconds)
-            lanes[name] = _Lane(program)
+            with torch.inference_mode():
+                lane = self._warmed(program)
+                seconds = self._time(lane)
+            self._scheduler.prepare(name, lane.max_rows, lane.multiple, seconds)
+            lanes[name] = lane
         self._models[model_id] = (version, model)
         self._lanes |= lanes
         self._retire()
@@ -94,12 +96,25 @@ class Engine:
         self._models.pop(model_id, None)
         self._retire()
 
-    def _warm(self, program: _Program, rows: int) -> float:
-        with torch.inference_mode():
-            batch = _filled(program.warm(rows))
-            began = self._clock()
-            program.result(program.step(batch))
-            return self._clock() - began
+    def _warmed(self, program: _Program) -> _Lane:
+        """A lane for the program, whose batches are filled up to sizes for which a row's floats were seen to be the same."""
+        few, top = _rows.ROW_MULTIPLE, max(_rows.ROW_MULTIPLE, self._max_rows)
+        rows = program.warm(top)
+        expected = program.step(_rows.take(rows, range(top)))
+        for size in {few, min(2 * few, top), min(4 * few, top)}:
+            seen = program.step(_rows.take(rows, range(size)))
+            if not _rows.equal(_rows.take(seen, range(few)), _rows.take(expected, range(few))):
+                canonical = top if self._device.type == "cuda" else min(top, CANONICAL_ROWS)
+                log.info("%s %s: floats depend on the batch size; every batch has %d rows", program.name, size, canonical)
+                return _Lane(program, multiple=canonical, max_rows=canonical)
+        return _Lane(program, multiple=few, max_rows=self._max_rows)
+
+    def _time(self, lane: _Lane) -> float:
+        """Seconds of a step over the fewest rows."""
+        rows = lane.filled(lane.program.warm(1))
+        began = self._clock()
+        lane.program.result(lane.program.step(rows))
+        return self._clock() - began
 
     def _retire(self) -> None:
         """Let go of the lanes of models that are gone, once idle."""
@@ -212,7 +227,7 @@ class Engine:
         live = [] if lane.rows is None else [_rows.take(lane.rows, range(len(lane.ids)))]
         parts = live + [part for _, part in fresh]
         if parts:
-            lane.rows = _filled(_rows.cat(parts))
+            lane.rows = lane.filled(_rows.cat(parts))
         for ids, part in fresh:
             lane.ids += ids
             lane.left += part.left.tolist()
@@ -225,7 +240,7 @@ class Engine:
         keep = set(ids)
         at = [i for i, row in enumerate(lane.ids) if row in keep]
         lane.ids, lane.left = [lane.ids[i] for i in at], [lane.left[i] for i in at]
-        lane.rows = _filled(_rows.take(lane.rows, at)) if at and lane.rows is not None else None
+        lane.rows = lane.filled(_rows.take(lane.rows, at)) if at and lane.rows is not None else None
 
     def _step_apart(self, lane: _Lane) -> None:
         """Take the step that raised for each row alone; fail the jobs of those that raise again."""
@@ -237,14 +252,14 @@ class Engine:
             if row.job not in self._jobs:  # another row of its job has failed meanwhile
                 continue
             try:
-                part = lane.program.step(_filled(_rows.take(lane.rows, [i])))
+                part = lane.program.step(lane.filled(_rows.take(lane.rows, [i])))
             except Exception as e:
                 self._fail(row.job, e)
             else:
                 parts.append(_rows.take(part, [0]))
                 ids.append(row)
                 left.append(lane.left[i])
-        lane.rows = _filled(_rows.cat(parts)) if parts else None
+        lane.rows = lane.filled(_rows.cat(parts)) if parts else None
         lane.ids, lane.left = ids, left
         self._keep(lane, [row for row in lane.ids if row.job in self._jobs])
 
@@ -253,7 +268,7 @@ class Engine:
         assert lane.rows is not None
         done = set(finished)
         at = [i for i, row in enumerate(lane.ids) if row in done]
-        results = lane.program.result(_filled(_rows.take(lane.rows, at)))
+        results = lane.program.result(lane.filled(_rows.take(lane.rows, at)))
         for row, result in zip(finished, results, strict=False):
             if row.job not in self._jobs:
                 continue
@@ -462,9 +477,15 @@ class _Scoring(_Program):
 @dataclass
 class _Lane:
     program: _Program
+    multiple: int  # of rows that a batch is filled up to
+    max_rows: int
     ids: list[Row] = field(default_factory=list)  # whose rows `rows` begins with; copies of the last fill it up
     rows: Rows | None = None
     left: list[int] = field(default_factory=list)  # of `ids`: lower bounds of the steps left, kept on the host
+
+    def filled(self, rows: Rows) -> Rows:
+        """Filled up with copies of the last row to a size for which floats do not depend on the size."""
+        return _rows.pad(rows, -(-_rows.count(rows) // self.multiple) * self.multiple)
 
 
 @dataclass
@@ -483,8 +504,3 @@ class _Job:
     @property
     def network_evaluations(self) -> int:
         return sum(row.network_evaluations for row in self.rows)
-
-
-def _filled(rows: Rows) -> Rows:
-    """Filled up to the next multiple of ROW_MULTIPLE."""
-    return _rows.pad(rows, -(-_rows.count(rows) // ROW_MULTIPLE) * ROW_MULTIPLE)

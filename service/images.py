@@ -11,6 +11,7 @@ import asyncio
 import base64
 import io
 import math
+import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -37,7 +38,13 @@ MEDIA_TYPES: dict[Format, str] = {
 _GRID_PADDING = 2  # pixels between the images of a grid
 _LOOP_PIXELS = 100_000  # more than these, and a codec takes more than a few milliseconds: off the event loop
 
-# All that Pillow's decoders, numpy's and zlib raise for bytes that are no image of their format.
+_NPY_ENTRIES = (
+    re.compile(rb"'descr':\s*'([^']*)'"),
+    re.compile(rb"'fortran_order':\s*(True|False)"),
+    re.compile(rb"'shape':\s*\(([\d,\s]*)\)"),
+)
+
+# All that Pillow's decoders and zlib raise for bytes that are no image of their format.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -175,19 +182,14 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _npy(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded:
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ImageRefused(f"an npy of version {version[0]}.{version[1]}; 1.0 and 2.0 are taken")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    dims, by_column, dtype = read_header(file)
-    if dtype != np.uint8:
-        raise ImageRefused(f"an npy of {dtype}; uint8 is taken")
+    end, dtype, by_column, dims = _npy_header(data)
+    if dtype not in ("|u1", "<u1", ">u1", "=u1"):
+        raise ImageRefused(f"an npy of {dtype}; uint8 (|u1) is taken")
     if len(dims) not in (2, 3) or (len(dims) == 3 and dims[2] not in (1, 3)):
         raise ImageRefused(f"an npy of shape {dims}; (height, width) and (height, width, 1 or 3) are taken")
     height, width = dims[:2]
     _check_size(width, height, shape, resize, max_side)
-    content = np.frombuffer(data, np.uint8, offset=file.tell())
+    content = np.frombuffer(data, np.uint8)[end:]
     if content.size != math.prod(dims):
         raise ImageRefused(
             f"an npy of {content.size:,} bytes for shape {dims}, which is {math.prod(dims):,}: cut off, or too long"
@@ -198,6 +200,28 @@ def _npy(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded
         shape,
         resize,
     )
+
+
+def _npy_header(data: bytes) -> tuple[int, str, bool, tuple[int, ...]]:
+    """Where the content begins, its dtype, whether columns come first, its shape.
+
+    Not by numpy: that reads the header as Python, which bytes of a stranger can make slow or raise anything at all.
+    """
+    match data[6:7]:
+        case b"\1":
+            (length,) = struct.unpack_from("<H", data, 8)
+            begin = 10
+        case b"\2" | b"\3":
+            (length,) = struct.unpack_from("<I", data, 8)
+            begin = 12
+        case version:
+            raise ImageRefused(f"an npy of version {int.from_bytes(version)}; 1 to 3 are taken")
+    header = data[begin : begin + length]
+    dtype, by_column, dims = (pattern.search(header) for pattern in _NPY_ENTRIES)
+    if len(header) < length or not (dtype and by_column and dims):
+        raise ImageRefused("an npy whose header cannot be read, or is cut off")
+    shape = tuple(int(dim) for dim in dims[1].split(b",") if dim.strip())
+    return begin + length, dtype[1].decode("latin-1"), by_column[1] == b"True", shape
 
 
 def _finish(image: ImageFile, shape: ImageShape, resize: bool, max_side: int, *, says_channels: bool) -> Decoded:

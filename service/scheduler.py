@@ -85,7 +85,8 @@ class Cost:
 
 @dataclass
 class _Lane:
-    cost: Cost
+    max_rows: int  # that may step together
+    cost: Cost = field(default_factory=Cost)
     waiting: list[_Waiting] = field(default_factory=list)  # in the order they are let in
     pending: int = 0  # rows of the waiting that have not joined
     running: dict[Row, None] = field(default_factory=dict)  # ordered
@@ -104,7 +105,7 @@ class _Waiting:
 
 
 class Scheduler:
-    """Decides; keeps account of rows. `max_rows` is how many rows of a lane may step together."""
+    """Decides; keeps account of rows. `max_rows` is how many rows of a lane may step together, unless it has its own."""
 
     def __init__(self, max_rows: int = 64) -> None:
         if max_rows < 1:
@@ -143,8 +144,9 @@ class Scheduler:
         if job in self._tickets:
             self._cancelled.append(job)
 
-    def observe(self, lane: str, rows: int, seconds: float) -> None:
-        """A measured step outside any plan: warm-up."""
+    def prepare(self, lane: str, max_rows: int, rows: int, seconds: float) -> None:
+        """A new lane: how many of its rows may step together, and a step measured at warm-up."""
+        self._lane(lane).max_rows = max_rows
         self._lane(lane).cost.observe(rows, seconds)
 
     def forget(self, lane: str) -> None:
@@ -210,7 +212,7 @@ class Scheduler:
     # inside
 
     def _lane(self, name: str) -> _Lane:
-        return self._lanes.setdefault(name, _Lane(Cost()))
+        return self._lanes.setdefault(name, _Lane(self._max_rows))
 
     def _settle(self, name: str) -> None:
         """A lane without work leaves the round; its unused time is not saved up."""
@@ -242,10 +244,10 @@ class Scheduler:
         return self._round[0]
 
     def _predict(self, lane: _Lane) -> float:
-        return lane.cost.predict(min(len(lane.running) + lane.pending, self._max_rows))
+        return lane.cost.predict(min(len(lane.running) + lane.pending, lane.max_rows))
 
     def _joiners(self, lane: _Lane) -> Iterable[Row]:
-        while lane.waiting and len(lane.running) < self._max_rows:
+        while lane.waiting and len(lane.running) < lane.max_rows:
             first = lane.waiting[0]
             row = Row(first.ticket.job, first.begun)
             first.begun += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable
@@ -28,10 +29,12 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
         {"latent": 4, "embedding": 4, "generator_channels": (8, 8), "critic_channels": (8, 8), "blocks": (0, 1)},
         LABELLED,
     ),
-    "pixelcnn": ({"channels": 8, "layers": 2}, LABELLED),
+    "pixelcnn": ({"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}, LABELLED),
     "realnvp": ({"couplings": (2, 2), "widths": (8, 8)}, LABELLED),
     "vae": ({"latent": 4, "width": 8, "blocks": 1, "hidden": 16, "components": 2, "importance_samples": 4}, LABELLED),
 }
+
+SIZE = 16
 
 families = pytest.mark.parametrize("name", models.family_names())
 densities = pytest.mark.parametrize("name", [n for n in models.family_names() if n != "gan"])
@@ -148,12 +151,14 @@ def test_a_row_takes_as_many_steps_as_asked_and_its_image_is_valid_at_each(
 @families
 @torch.inference_mode()
 def test_image_is_a_function_of_the_draw_alone(name: str, make: Callable[[str], Model]) -> None:
-    """The same bytes alone and through the engine amid others that join and leave at any step."""
+    """The same bytes alone and amid others that join and leave at any step, in batches of one size: at other sizes floats
+    may differ, which is the engine's to see to.
+    """
     model = make(name)
     asked = draws(model, 12, seed=1)
     expected = {}
     for k, draw in enumerate(asked):
-        rows = _rows.pad(model.init([draw]), 4)
+        rows = _rows.pad(model.init([draw]), SIZE)
         expected[k] = levels(model.image(finish(model, rows)))[0]
     for seed in range(3):
         assert_crowd(model, asked, expected, random.Random(seed))
@@ -171,32 +176,31 @@ def assert_crowd(model: Model, asked: list[Draw], expected: dict[int, np.ndarray
             fresh = model.init([asked[k] for k in joining])
             rows = fresh if rows is None else _rows.cat([_rows.take(rows, range(len(running))), fresh])
             running += joining
-            rows = _rows.pad(rows, -(-len(running) // 4) * 4)
+            rows = _rows.pad(rows, SIZE)
         assert rows is not None
         rows = model.step(rows)
         left = rows.left.tolist()[: len(running)]
         for i in [i for i, n in enumerate(left) if n == 0]:
-            seen[running[i]] = levels(model.image(_rows.pad(_rows.take(rows, [i]), 4)))[0]
+            seen[running[i]] = levels(model.image(_rows.pad(_rows.take(rows, [i]), SIZE)))[0]
         keep = [i for i, n in enumerate(left) if n > 0]
         running = [running[i] for i in keep]
-        rows = _rows.pad(_rows.take(rows, keep), -(-len(keep) // 4) * 4) if keep else None
+        rows = _rows.pad(_rows.take(rows, keep), SIZE) if keep else None
     for k, image in expected.items():
         np.testing.assert_array_equal(seen[k], image)
 
 
 @families
 @torch.inference_mode()
-def test_taking_a_step_again_gives_the_same(name: str, make: Callable[[str], Model]) -> None:
+def test_any_step_can_be_taken_again(name: str, make: Callable[[str], Model]) -> None:
     """What the engine relies on when a step raised: writes in place can be repeated."""
-    import dataclasses
-
     model = make(name)
-    rows = model.init(draws(model, 4, seed=2))
-    if int(rows.left.min()) > 1:
-        rows = model.step(rows)
-    first = levels(model.image(model.step(dataclasses.replace(rows))))
-    again = levels(model.image(model.step(dataclasses.replace(rows))))
-    np.testing.assert_array_equal(first, again)
+    asked = draws(model, 4, seed=2)[:1] * 4
+    once = finish(model, model.init(asked))
+    rows = model.init(asked)
+    while int(rows.left.max()) > 0:
+        model.step(dataclasses.replace(rows))  # and forget what came of it
+        rows = model.step(dataclasses.replace(rows))
+    np.testing.assert_array_equal(levels(model.image(rows)), levels(model.image(once)))
 
 
 @families
@@ -278,7 +282,7 @@ def test_an_image_has_one_score(name: str, make: Callable[[str], Model]) -> None
     x = pictures(8, model.spec.image, seed=4)
     together = model.log_prob(x).log_prob
     flipped = model.log_prob(x.flip(0)).log_prob
-    apart = torch.cat([model.log_prob(x[k : k + 1].expand(4, -1, -1, -1)).log_prob[:1] for k in range(8)])
+    apart = torch.cat([model.log_prob(x[k : k + 1].expand(8, -1, -1, -1)).log_prob[:1] for k in range(8)])
     torch.testing.assert_close(together, flipped.flip(0), rtol=0, atol=0)
     torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
