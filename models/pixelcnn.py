@@ -191,7 +191,7 @@ class PixelRows(Rows):
     levels: Tensor  # (B, H·W, C)
     rows: Tensor  # (B, REACH, W, C·E): embedded pixels of the image rows above
     row: Tensor  # (B, REACH + W, C·E): of the row that is being drawn, after a margin of zeros
-    above: tuple[Tensor, ...]  # per layer (B, d_l, W, F): vertical features; those of image row i are at i mod d_l
+    above: tuple[Tensor, ...]  # per layer (B, d_l + 1, W, F): vertical features of image row i at i mod (d_l + 1)
     below: Tensor  # (B, W, F + L·2F): what the row's features start from and what its gates are told from above
     past: Tensor  # (B, L, max d + W, F): horizontal features of the row that is being drawn, after a margin of zeros
 
@@ -276,7 +276,7 @@ class Model(_protocol.Model, OnePassDensity):
             levels=torch.zeros(b, h * w, c, dtype=torch.int64, device=device),
             rows=torch.zeros(b, REACH, w, e, device=device),
             row=torch.zeros(b, REACH + w, e, device=device),
-            above=tuple(torch.zeros(b, layer, w, f, device=device) for layer in d),
+            above=tuple(torch.zeros(b, layer + 1, w, f, device=device) for layer in d),
             below=torch.zeros(b, w, f + len(d) * 2 * f, device=device),
             past=torch.zeros(b, len(d), max(d) + w, f, device=device),
         )
@@ -324,14 +324,14 @@ class Model(_protocol.Model, OnePassDensity):
         net, f = self.network, self.config.features
         i = rows.tick[at] // rows.below.shape[1]
         inputs = torch.cat([rows.rows[at, 1:], rows.row[at, None, REACH:]], dim=1)  # (b, REACH, W, C·E)
-        rows.rows[at] = inputs
+        rows.rows = rows.rows.index_copy(0, at, inputs)  # not in place: a step may be taken again
         base = net.place[i] + net.told(rows.label[at])[:, None]  # (b, W, 2F)
         seen = _windows(inputs.transpose(1, 2).flatten(2), 2 * REACH + 1, 1)
         v = F.linear(seen, net.above) + base[..., :f]  # (b, W, F)
         found = []
         for cache, d, weight, bias in zip(rows.above, net.dilations, net.vertical, net.vertical_bias, strict=True):
-            both = torch.cat([cache[at, i % d], v], dim=2)  # (b, W, 2F): image rows i − d and i
-            cache[at, i % d] = v
+            both = torch.cat([cache[at, (i - d) % (d + 1)], v], dim=2)  # (b, W, 2F): image rows i − d and i
+            cache[at, i % (d + 1)] = v
             v = v + F.glu(F.linear(_windows(both, 3, d), weight, bias))
             found.append(v)
         gates = torch.einsum("lbwf,lgf->bwlg", torch.stack(found), net.down) + net.horizontal_bias
