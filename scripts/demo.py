@@ -30,31 +30,32 @@ def main() -> int:
 
     serve = [sys.executable, "-m", "service", "serve", "--models", str(arguments.models), "--port", str(arguments.port)]
     show = [sys.executable, "-m", "drawwell.demo", "--url", url, "--out", str(arguments.out)]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    log = arguments.out / "server.log"
     running: list[subprocess.Popen[bytes]] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that both ways of ending it end the server too
     try:
-        server = _start(serve, running)
-        demo = _start(show, running)
-        while demo.poll() is None:
-            if server.poll() is not None:
-                return _fail(f"the server ended with status {server.returncode}; its messages stand above")
+        print(f"starting the server at {url}; its messages go to {log}", flush=True)
+        with log.open("wb") as messages:
+            running.append(server := subprocess.Popen(serve, stdout=messages, stderr=subprocess.STDOUT))
+        running.append(demo := subprocess.Popen(show))
+        while demo.poll() is None and server.poll() is None:
             time.sleep(0.1)
-        if demo.returncode != 0:
-            return _fail(f"the demo ended with status {demo.returncode}; its messages stand above")
-        print(
-            f"\nThe pictures are in {arguments.out}/. The server goes on at {url} (pages: {url}/docs); Ctrl-C ends it."
-        )
-        return server.wait()
+        if demo.poll() == 0:
+            print(f"\nThe pictures are in {arguments.out}/. The server goes on; its pages: {url}/docs. Ctrl-C ends it.")
+            server.wait()
+        if server.poll() is not None:
+            return _fail(f"the server ended with status {server.returncode}; it said last:\n{_tail(log)}")
+        return _fail(f"not everything could be shown; the server said last:\n{_tail(log)}")
     except KeyboardInterrupt:
-        return 130
+        return 0
     finally:
         for process in reversed(running):
             _end(process)
 
 
-def _start(command: list[str], running: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-    running.append(subprocess.Popen(command))
-    return running[-1]
+def _tail(log: Path, lines: int = 20) -> str:
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

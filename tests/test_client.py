@@ -7,7 +7,7 @@ import email.utils
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from drawwell import (
     ApiError,
     Busy,
     Client,
+    Completed,
     ContractError,
+    Drawn,
     DrawwellError,
     Invalid,
     NotFound,
+    Progress,
+    Queued,
     ServerError,
     TimedOut,
     TransportError,
@@ -98,7 +102,7 @@ def test_only_what_was_asked_for_is_sent() -> None:
         well.generate(
             "m", n=4, seed=0, label=0, steps=5, solver="ddim", guidance_scale=0.0, priority="batch", timeout=3
         )
-    assert server.body(0) == {"model": "m", "n": 1}
+    assert server.body(0) == {"model": "m"}
     assert server.body(1) == {
         "model": "m",
         "n": 4,
@@ -146,6 +150,97 @@ def test_a_grid_holds_every_picture_enlarged() -> None:
         grid([])
     with pytest.raises(ValueError, match="different sizes"):
         grid([Image.new("L", (1, 1)), Image.new("L", (2, 1))])
+
+
+# ------------------------------------------------------------------------------------------------------------ streaming
+
+
+def sse(*events: tuple[str, dict[str, Any]], comment: bool = True) -> bytes:
+    text = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+    return ((": keep-alive\n\n" if comment else "") + text).encode()
+
+
+COMPLETED = ("completed", {k: v for k, v in generated().json().items() if k != "images"})
+STORY: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("queued", {"position": 2}),
+    ("progress", {"step": 10, "steps": 50, "eta_seconds": 1.5, "preview": [png(3), None]}),
+    ("something-new", {}),
+    ("progress", {"step": 50, "steps": 50, "eta_seconds": None}),
+    ("image", {"sample": 1, "b64_json": png(10)}),
+    ("image", {"sample": 0, "b64_json": png(0)}),
+    COMPLETED,
+)
+
+
+def test_a_stream_tells_what_happens_and_ends_with_what_generate_returns() -> None:
+    server = Server(httpx.Response(200, content=sse(*STORY)), generated())
+    with server.client() as well:
+        queued, begun, done, *drawn, completed = well.stream("m", n=2, seed=7, preview_every=10)
+        whole = well.generate("m", n=2, seed=7)
+    assert server.body() == {"model": "m", "n": 2, "seed": 7, "preview_every": 10, "stream": True}
+    assert server.asked[0].headers["Accept"] == "text/event-stream"
+    assert queued == Queued(2)
+    assert isinstance(begun, Progress)
+    assert (begun.step, begun.steps, begun.eta_seconds) == (10, 50, 1.5)
+    assert [picture and picture.getpixel((0, 0)) for picture in begun.previews] == [3, None]
+    assert done == Progress(50, 50, None)
+    assert [event.sample for event in drawn if isinstance(event, Drawn)] == [1, 0]
+    assert isinstance(completed, Completed)
+    assert [image.tobytes() for image in completed.images] == [image.tobytes() for image in whole]
+    assert (completed.images.samples, completed.images.seed) == (whole.samples, whole.seed)
+
+
+def test_a_stream_is_parsed_however_it_is_cut_into_pieces() -> None:
+    content = sse(*STORY)
+    for size in (1, 7, 100):
+        pieces = [content[k : k + size] for k in range(0, len(content), size)]
+        with Server(httpx.Response(200, content=iter(pieces))).client() as well:
+            assert [type(event) for event in well.stream("m")] == [Queued, Progress, Progress, Drawn, Drawn, Completed]
+
+
+def test_what_fails_before_the_first_event_is_tried_again() -> None:
+    server = Server(
+        httpx.ConnectError("refused"),
+        problem(429, headers={"Retry-After": "3"}),
+        httpx.Response(200, content=sse(*STORY)),
+    )
+    with server.client() as well:
+        assert isinstance(list(well.stream("m"))[-1], Completed)
+    assert len({request.headers["Idempotency-Key"] for request in server.asked}) == 1
+    assert server.waits[1] == 3
+
+
+def test_a_stream_that_is_refused_says_why() -> None:
+    with Server(problem(422, detail="steps: too many")).client() as well, pytest.raises(Invalid, match="too many"):
+        list(well.stream("m"))
+
+
+def test_an_error_midway_is_raised_after_what_was_told_before() -> None:
+    error = ("error", {"problem": {"title": "Busy", "status": 503, "detail": "the worker went away"}})
+    server = Server(httpx.Response(200, content=sse(*STORY[:2], error)))
+    with server.client() as well:
+        events = well.stream("m")
+        assert [type(next(events)), type(next(events))] == [Queued, Progress]
+        with pytest.raises(Busy, match="the worker went away"):
+            next(events)
+
+
+def cut_off() -> Iterator[bytes]:
+    yield sse(*STORY[:2])
+    raise httpx.ReadError("cut")
+
+
+@pytest.mark.parametrize("content", [sse(*STORY[:-1]), b"", cut_off()])
+def test_a_stream_that_breaks_off_is_no_completed_one(content: Any) -> None:
+    with Server(httpx.Response(200, content=content)).client() as well, pytest.raises(TransportError):
+        list(well.stream("m"))
+
+
+@pytest.mark.parametrize("data", ["no json", "[]", '{"position": "first"}'])
+def test_an_event_outside_the_contract_is_said_to_be_one(data: str) -> None:
+    content = f"event: queued\ndata: {data}\n\n".encode()
+    with Server(httpx.Response(200, content=content)).client() as well, pytest.raises(ContractError):
+        list(well.stream("m"))
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
@@ -236,7 +331,8 @@ MODEL: dict[str, Any] = {
 
 
 def test_models_say_what_they_are() -> None:
-    failed = {"id": "k", "status": "failed", "error": "weights.safetensors: missing"}
+    nothing = dict.fromkeys(("family", "image", "steps", "solvers", "likelihood", "conditioning", "accepts", "sha256"))
+    failed = {"id": "k", "status": "failed", "error": "weights.safetensors: missing", **nothing}
     server = Server(httpx.Response(200, json={"models": [MODEL, failed]}), httpx.Response(200, json=MODEL))
     with server.client() as well:
         m, k = well.models()

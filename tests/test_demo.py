@@ -58,18 +58,15 @@ class Server:
         }[path]()
 
     def generate(self, body: dict[str, Any]) -> httpx.Response:
-        size = SIZES[body["model"]]
-        images = [{"b64_json": png(size, k), "seed": body["seed"], "sample": k} for k in range(body["n"])]
-        answer = {
-            "id": "j",
-            "model": body["model"],
-            "family": "gan",
-            "steps": 1,
-            "seed": body["seed"],
-            "images": images,
-        }
-        answer |= {"width": size[0], "height": size[1], "channels": size[2]}
-        return httpx.Response(200, json=answer | {"usage": {"queue_seconds": 0, "compute_seconds": 0}})
+        width, height, channels = size = SIZES[body["model"]]
+        about = {"id": "j", "model": body["model"], "family": "gan", "steps": 1, "seed": body["seed"]}
+        about |= {"width": width, "height": height, "channels": channels}
+        events: list[tuple[str, dict[str, Any]]] = [("progress", {"step": 1, "steps": 1, "eta_seconds": 0.0})]
+        events += [("image", {"sample": k, "b64_json": png(size, k)}) for k in range(body["n"])]
+        events += [("completed", about | {"usage": {"queue_seconds": 0, "compute_seconds": 0}})]
+        return httpx.Response(
+            200, text="".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+        )
 
     def score(self, body: dict[str, Any]) -> httpx.Response:
         anomaly = {"score": 9.0, "p_value": 0.001, "is_anomaly": True, "alpha": 0.01}

@@ -20,6 +20,7 @@ from drawwell.errors import (
     TimedOut,
     TransportError,
 )
+from drawwell.events import Completed, Drawn, Event, Progress, Queued
 from drawwell.schemas import Anomaly, Images, Model, Score, Scores
 
 __all__ = [
@@ -27,12 +28,17 @@ __all__ = [
     "ApiError",
     "Busy",
     "Client",
+    "Completed",
     "ContractError",
+    "Drawn",
     "DrawwellError",
+    "Event",
     "Images",
     "Invalid",
     "Model",
     "NotFound",
+    "Progress",
+    "Queued",
     "Score",
     "Scores",
     "ServerError",

@@ -5,25 +5,49 @@ from __future__ import annotations
 import base64
 import io
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias, TypeVar
+from typing import Any, Literal, Self, TypeAlias, TypedDict, Unpack
 
 import httpx
 from PIL import Image
-from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from drawwell.errors import ContractError, TimedOut
-from drawwell.schemas import Generated, Images, Model, Scored, Scores
+from drawwell.events import Event, read
+from drawwell.schemas import Generated, Images, Model, Scored, Scores, parse
 from drawwell.transport import Transport
-
-T = TypeVar("T", bound=BaseModel)
 
 # A picture, the bytes of a picture file, or the path of one.
 ImageLike: TypeAlias = "Image.Image | bytes | str | PathLike[str]"
+
+
+class GenerateSettings(TypedDict, total=False):
+    """What a request for images may set, as far as its model takes it. None: as if it were not set."""
+
+    n: int  # how many images (1)
+    seed: int | None  # unsigned, 64 bits
+    label: str | int | None  # a class, by name or index
+    prompt: str | None  # a caption
+    steps: int | None
+    solver: str | None
+    guidance_scale: float | None
+    temperature: float | None
+    priority: Literal["interactive", "batch"]
+    timeout: float | None  # seconds after which the server shall give the request up
+
+
+class ScoreSettings(TypedDict, total=False):
+    """What a request for scores may set. None: as if it were not set."""
+
+    label: str | int | None  # the class that the image is said to be of
+    alpha: float  # the part of normal images that may be called anomalies (0.01)
+    heatmap: bool  # also show where in the image it is unlikely
+    resize: bool  # bring images of another size to the model's
+    priority: Literal["interactive", "batch"]
+    timeout: float | None  # seconds after which the server shall give the request up
 
 
 class Client:
@@ -70,70 +94,38 @@ class Client:
 
     # ----------------------------------------------------------------------------------------------------- generate
 
-    def generate(
-        self,
-        model: str,
-        *,
-        n: int = 1,
-        seed: int | None = None,
-        label: str | int | None = None,
-        prompt: str | None = None,
-        steps: int | None = None,
-        solver: str | None = None,
-        guidance_scale: float | None = None,
-        temperature: float | None = None,
-        priority: Literal["interactive", "batch"] | None = None,
-        timeout: float | None = None,
-    ) -> Images:
-        """`n` images by `model`. The same arguments with the same `seed` give the same images; without a seed the
-        server picks one, and the answer tells which.
+    def generate(self, model: str, **settings: Unpack[GenerateSettings]) -> Images:
+        """Images by `model`. The same settings with the same `seed` give the same images; without a seed the server
+        picks one, and the answer tells which.
 
-        What a model takes is in `model(id).accepts`; anything else raises `Invalid`. `timeout`: seconds after which
-        the server shall give the request up.
+        What a model takes is in `model(id).accepts`; anything else raises `Invalid`.
         """
-        body = {
-            "model": model,
-            "n": n,
-            "seed": seed,
-            "label": label,
-            "prompt": prompt,
-            "steps": steps,
-            "solver": solver,
-            "guidance_scale": guidance_scale,
-            "temperature": temperature,
-            "priority": priority,
-            "timeout": timeout,
-        }
-        answer = self._transport.json("POST", "/generate", _without_none(body))
-        return Images(_parse(Generated, answer))
+        answer = parse(Generated, self._transport.json("POST", "/generate", _body(settings, model=model)))
+        return Images(answer, ((image.sample, image.picture) for image in answer.images))
+
+    def stream(
+        self, model: str, *, preview_every: int | None = None, **settings: Unpack[GenerateSettings]
+    ) -> Iterator[Event]:
+        """What `generate` does, told as it happens: `Queued`, `Progress` (every `preview_every` steps with previews),
+        `Drawn` for each image, and at last `Completed`, which holds what `generate` returns.
+
+        To stop listening is to cancel. A stream that is cut off raises `TransportError`; the same request with the same
+        seed gives the same images.
+        """
+        body = _body(settings, model=model, preview_every=preview_every, stream=True)
+        with self._transport.events("/generate", body) as events:
+            yield from read(events)
 
     # -------------------------------------------------------------------------------------------------------- score
 
     def score(
-        self,
-        model: str | Sequence[str],
-        images: ImageLike | Iterable[ImageLike],
-        *,
-        label: str | int | None = None,
-        alpha: float | None = None,
-        heatmap: bool | None = None,
-        resize: bool | None = None,
-        priority: Literal["interactive", "batch"] | None = None,
-        timeout: float | None = None,
+        self, model: str | Sequence[str], images: ImageLike | Iterable[ImageLike], **settings: Unpack[ScoreSettings]
     ) -> Scores:
-        """How likely each image is under `model` (or an ensemble), and whether it is an anomaly at level `alpha`."""
+        """How likely each image is under `model`, or an ensemble of models, and whether it is an anomaly."""
+        who = model if isinstance(model, str) else list(model)
         several = [images] if isinstance(images, Image.Image | bytes | str | PathLike) else images
-        body = {
-            "model": model if isinstance(model, str) else list(model),
-            "images": [_encode(image) for image in several],
-            "label": label,
-            "alpha": alpha,
-            "heatmap": heatmap,
-            "resize": resize,
-            "priority": priority,
-            "timeout": timeout,
-        }
-        return Scores(_parse(Scored, self._transport.json("POST", "/score", _without_none(body))))
+        body = _body(settings, model=who, images=[_encode(image) for image in several])
+        return Scores(parse(Scored, self._transport.json("POST", "/score", body)))
 
     # ------------------------------------------------------------------------------------------------------- models
 
@@ -142,11 +134,11 @@ class Client:
         answer = self._transport.json("GET", "/models")
         if not isinstance(answer, dict) or "models" not in answer:
             raise ContractError("GET /models: an answer without 'models'")
-        return [_parse(Model, item) for item in answer["models"]]
+        return [parse(Model, item) for item in answer["models"]]
 
     def model(self, id: str) -> Model:
         """One model. Raises `NotFound`."""
-        return _parse(Model, self._transport.json("GET", f"/models/{id}"))
+        return parse(Model, self._transport.json("GET", f"/models/{id}"))
 
     def ready(self) -> bool:
         """Whether a worker is ready to work; False where nothing answers at all."""
@@ -176,15 +168,8 @@ def _encode(image: ImageLike) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def _without_none(body: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def _parse(schema: type[T], answer: Any) -> T:
-    try:
-        return TypeAdapter(schema).validate_python(answer)
-    except ValidationError as error:
-        raise ContractError(f"an answer that is no {schema.__name__}: {error}") from error
+def _body(settings: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    return {name: value for name, value in {**more, **settings}.items() if value is not None}
 
 
 def _version() -> str:

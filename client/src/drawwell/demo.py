@@ -15,11 +15,13 @@ from PIL import Image, ImageOps
 
 from drawwell.client import Client
 from drawwell.errors import DrawwellError
+from drawwell.events import Completed, Progress
 from drawwell.schemas import Images, Model, Score
 
 try:
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
     from rich.table import Table
 except ImportError as error:
     raise SystemExit("the demo shows its progress with `rich`: pip install 'drawwell[demo]'") from error
@@ -50,12 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DrawwellError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def show(well: Client, console: Console, out: Path, n: int, seed: int, wait: float) -> int:
     """The whole demo; 1 where nothing could be shown or a model failed. Raises a `DrawwellError`."""
     with console.status("waiting for a worker to load the models"):
         well.wait_until_ready(wait)
+    console.print("the server is ready")
     models = well.models()
     for model in models:
         if model.status == "failed":
@@ -76,26 +81,32 @@ def draw(well: Client, console: Console, models: Sequence[Model], out: Path, n: 
     """A sheet of `n` images by each model, saved in `out`; the images by model."""
     out.mkdir(parents=True, exist_ok=True)
     drawn = {}
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    table = Table(
-        "model", "what", "steps", "seconds", "images/s", "saved as", title=f"{n} images by each model, seed {seed}"
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        for k, model in enumerate(models, start=1):
-            task = progress.add_task(f"{k} of {len(models)}: {model.id} draws")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    table = Table("model", "family", "steps", "seconds", "images/s", "saved as")
+    with Bar(*columns, console=console, transient=True) as bar:
+        for model in models:
+            task = bar.add_task(f"{model.id} draws {n} images", total=None)
             started = time.perf_counter()
-            images = well.generate(model.id, n=n, seed=seed, prompt=_prompt(model))
+            for event in well.stream(model.id, n=n, seed=seed, prompt=_prompt(model)):
+                match event:
+                    case Progress(step=step, steps=steps):
+                        bar.update(task, completed=step, total=steps)
+                    case Completed(images=images):
+                        drawn[model.id] = images
             seconds = time.perf_counter() - started
-            progress.remove_task(task)
+            bar.remove_task(task)
+            images = drawn[model.id]
             path = out / f"{model.id}.png"
             images.grid(scale=max(1, 96 // max(images.size))).save(path)
-            unit = model.steps.unit if model.steps else "step"
-            table.add_row(
-                model.id, images.family, f"{images.steps} × {unit}", f"{seconds:.2f}", f"{n / seconds:.1f}", str(path)
-            )
-            drawn[model.id] = images
+            steps_taken = _plural(images.steps, model.steps.unit if model.steps else "step")
+            table.add_row(model.id, images.family, steps_taken, f"{seconds:.2f}", f"{n / seconds:.1f}", str(path))
+    console.print(f"\n{n} images by each model, seed {seed}")
     console.print(table)
     return drawn
+
+
+def _plural(count: int, unit: str) -> str:
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}{'es' if unit.endswith('s') else 's'}"
 
 
 def _prompt(model: Model) -> str | None:
@@ -111,18 +122,17 @@ def score(well: Client, console: Console, models: Sequence[Model], drawn: dict[s
     if not scorers:
         console.print("no model here has a likelihood, so none can score")
         return
+    folder = out / "scored"
+    folder.mkdir(exist_ok=True)
     for scorer in scorers:
-        candidates = _candidates(scorer, drawn)
-        with console.status(f"{scorer.id} scores {len(candidates)} pictures"):
-            scores = well.score(scorer.id, candidates.values())
-        table = Table(
-            "picture", "bits/dim (lower: likelier)", "p-value", "verdict", title=f"{scorer.id} ({scores.kind})"
-        )
-        for name, picture, result in zip(candidates, candidates.values(), scores, strict=True):
-            path = out / "scored" / f"{scorer.id}-{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
-            table.add_row(str(path), _number(result), *_verdict(result))
+        pictures = _candidates(scorer, drawn)
+        with console.status(f"{scorer.id} scores {len(pictures)} pictures"):
+            scores = well.score(scorer.id, pictures.values())
+        table = Table("picture", "bits/dim", "p-value", "verdict")
+        for (name, picture), result in zip(pictures.items(), scores, strict=True):
+            picture.save(folder / f"{scorer.id}-{name}.png")
+            table.add_row(name, _number(result), *_verdict(result))
+        console.print(f"\n{scorer.id} scores ({scores.kind}; lower bits/dim: likelier; pictures in {folder})")
         console.print(table)
         for warning in scores.warnings:
             console.print(f"note: {warning}", markup=False)

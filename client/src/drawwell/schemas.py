@@ -6,18 +6,39 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from drawwell.errors import ContractError
 
 
 class Schema(BaseModel):
-    """Frozen; unknown fields are ignored."""
+    """Frozen; unknown fields are ignored, and one that is null counts as absent."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", arbitrary_types_allowed=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: item for name, item in value.items() if item is not None}
+
+
+S = TypeVar("S", bound=Schema)
+
+
+def parse(schema: type[S], answer: Any) -> S:
+    """The value that an answer's JSON stands for. Raises `ContractError`."""
+    try:
+        return schema.model_validate(answer)
+    except ValidationError as error:
+        raise ContractError(f"an answer that is no {schema.__name__}: {error}") from error
 
 
 def decode(value: Any) -> Image.Image:
@@ -112,15 +133,14 @@ class GeneratedImage(Schema):
     sample: int
 
 
-class Generated(Schema):
-    """The answer to `POST /generate`."""
+class Generation(Schema):
+    """An answer without its images."""
 
     id: str
     model: str
     family: str
     steps: int
     seed: int
-    images: tuple[GeneratedImage, ...]
     width: int
     height: int
     channels: int
@@ -128,10 +148,17 @@ class Generated(Schema):
     model_sha256: str | None = None
 
 
+class Generated(Generation):
+    """The answer to `POST /generate`."""
+
+    images: tuple[GeneratedImage, ...]
+
+
 class Images(Sequence[Image.Image]):
     """Generated pictures, with all that it takes to draw them again."""
 
-    def __init__(self, answer: Generated) -> None:
+    def __init__(self, answer: Generation, drawn: Iterable[tuple[int, Image.Image]]) -> None:
+        """drawn: (sample, picture) of each."""
         self.id = answer.id
         self.model = answer.model
         self.family = answer.family
@@ -141,8 +168,9 @@ class Images(Sequence[Image.Image]):
         self.channels = answer.channels
         self.usage = answer.usage
         self.model_sha256 = answer.model_sha256
-        self.samples = tuple(image.sample for image in answer.images)
-        self._pictures = tuple(image.picture for image in answer.images)
+        in_order = sorted(drawn, key=itemgetter(0))
+        self.samples = tuple(sample for sample, _ in in_order)
+        self._pictures = tuple(picture for _, picture in in_order)
 
     def __len__(self) -> int:
         return len(self._pictures)

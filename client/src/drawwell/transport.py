@@ -6,7 +6,9 @@ import email.utils
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -18,6 +20,14 @@ RETRIED = frozenset({408, 425, 429, 502, 503, 504})
 LONGEST_WAIT = 60.0  # seconds; a server that asks for more gets no further attempt
 
 _KINDS: dict[int, type[ApiError]] = {404: NotFound, 400: Invalid, 413: Invalid, 415: Invalid, 422: Invalid}
+
+
+@dataclass(frozen=True)
+class ServerSentEvent:
+    """One event of a `text/event-stream`."""
+
+    name: str
+    data: str
 
 
 class Transport:
@@ -39,12 +49,31 @@ class Transport:
         except ValueError as error:
             raise ContractError(f"{response.url}: an answer that is not JSON: {response.text[:200]!r}") from error
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> httpx.Response:
-        headers = {"Idempotency-Key": str(uuid.uuid4())} if method == "POST" else {}
+    @contextmanager
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Iterator[ServerSentEvent]]:
+        """The events of a streamed answer, as they come. Only what fails before the first of them is tried again."""
+        response = self._send("POST", path, body, headers={"Accept": "text/event-stream"}, stream=True)
+        with closing(response):
+            yield _parse_events(response)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None = None,
+        stream: bool = False,
+    ) -> httpx.Response:
+        headers = {**(headers or {}), **({"Idempotency-Key": str(uuid.uuid4())} if method == "POST" else {})}
         attempt = 0
         while True:
             try:
-                response = self.http.request(method, path, json=body, headers=headers)
+                response = self.http.send(
+                    self.http.build_request(method, path, json=body, headers=headers), stream=stream
+                )
+                if not response.is_success:
+                    with closing(response):
+                        response.read()
             except httpx.TransportError as error:
                 wait = backoff(attempt)
                 failure: TransportError | ApiError = _transport_error(error)
@@ -84,17 +113,42 @@ def retry_after(response: httpx.Response) -> float | None:
 
 def api_error(response: httpx.Response) -> ApiError:
     """The error that an answer stands for."""
-    status, request_id = response.status_code, response.headers.get("X-Request-ID")
+    status = response.status_code
     try:
         problem = response.json()
     except ValueError:
         problem = None
     if not isinstance(problem, Mapping):
         problem = {"title": f"HTTP {status}", "detail": response.text[:200]}
+    return error_of(problem, status, response.headers.get("X-Request-ID"), retry_after(response))
+
+
+def error_of(
+    problem: Mapping[str, Any], status: int, request_id: str | None = None, retry_after: float | None = None
+) -> ApiError:
+    """The error that a problem (RFC 9457) stands for."""
     if status in (429, 503):
-        return Busy(problem, status=status, request_id=request_id, retry_after=retry_after(response))
+        return Busy(problem, status=status, request_id=request_id, retry_after=retry_after)
     kind = _KINDS.get(status, ServerError if status >= 500 else ApiError)
     return kind(problem, status=status, request_id=request_id)
+
+
+def _parse_events(response: httpx.Response) -> Iterator[ServerSentEvent]:
+    """Raises `TransportError` where the stream is cut off."""
+    name, data = "message", list[str]()
+    try:
+        for line in response.iter_lines():
+            field, _, value = line.partition(":")
+            if not line and data:
+                yield ServerSentEvent(name, "\n".join(data))
+            if not line:
+                name, data = "message", []
+            elif field == "event":
+                name = value.removeprefix(" ")
+            elif field == "data":
+                data.append(value.removeprefix(" "))
+    except httpx.TransportError as error:
+        raise _transport_error(error) from error
 
 
 def _transport_error(error: httpx.TransportError) -> TransportError:
