@@ -140,6 +140,7 @@ class LocalBroker(Broker):
         except ConnectionError as e:
             log.info("worker %s: %s", name, e)
         finally:
+            self._anyone()  # until now, perhaps
             del self._links[name]
             writer.close()
             self._give_back(name, link)
