@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import models.ddpm
+import models.gan
 import models.realnvp
 import models.vae
 from training.config import AdamW, Run
@@ -43,4 +44,20 @@ def realnvp() -> Run:
         steps=3_000,
         batch_size=64,
         optimisers={"flow": AdamW(lr=2e-3)},
+    )
+
+
+def gan() -> Run:
+    """Class-conditional GAN on two resolutions, hinge loss with lazy R1: two minutes."""
+    return Run(
+        family="gan",
+        config=models.gan.Config(
+            latent=32, generator_channels=(32, 64), critic_channels=(32, 64), blocks=(0, 1), penalty=0.5
+        ),
+        data="digits",
+        steps=4_000,
+        batch_size=64,
+        optimisers={"critic": AdamW(lr=6e-4, betas=(0.0, 0.99)), "generator": AdamW(lr=6e-4, betas=(0.0, 0.99))},
+        clip=None,
+        channels_last=True,
     )
