@@ -1,8 +1,8 @@
 """Bijections of image-shaped tensors, the parts that flows share (NICE, RealNVP, Glow).
 
 A bijection f maps x to z with log |det ∂z/∂x|, and back. Layers compute in the dtype of their input, whatever that of
-their parameters, with autocast switched off; only the networks inside couplings may run in lower precision, since the
-inverse is exact whatever they answer.
+their parameters. Autocast reaches the networks inside couplings alone: what they answer decides which map a coupling
+is, not how exactly it and its log-determinant are computed.
 
     x, z        (B, C, H, W)
     log_det     (B,) nats
@@ -309,7 +309,7 @@ class MultiScale(nn.Module):
 
 def dequantise(x: Tensor, noise: Tensor) -> Tensor:
     """y = (k + u) / 256 in (0, 1), for x on the grid k / 255 and noise u in (0, 1) of the same shape."""
-    return ((x * (LEVELS - 1)).round() + noise) / LEVELS
+    return (x * (LEVELS - 1) + noise) / LEVELS
 
 
 def quantise(y: Tensor) -> Tensor:

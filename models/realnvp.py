@@ -73,7 +73,7 @@ def scale(config: Config, channels: int, index: int) -> Chain:
         if config.mixing == "1x1":
             layers.append(Invertible1x1(channels))
         elif k > 0:  # the checkerboard masks first, then those of channels; each in turn with its complement
-            layers.append(Permute((0, 2, 1, 3) if k == n // 2 else (2, 3, 0, 1)))
+            layers.append(Permute((0, 2, 1, 3) if k == max(2, n // 2) else (2, 3, 0, 1)))
         half = channels // 2
         network = CouplingNetwork(half, 2 * half, config.widths[index])
         layers.append(AffineCoupling(network, config.scale_bound))
