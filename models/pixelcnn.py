@@ -87,22 +87,21 @@ def _weight(*shape: int, gain: float = 1.0) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape) * (gain / math.sqrt(shape[-1])))
 
 
-def _kernel(weight: Tensor, rows: int, columns: int) -> Tensor:
-    """A convolution's kernel (outputs, inputs, rows, columns) out of weight (outputs, columns · rows · inputs)."""
-    return weight.view(len(weight), columns, rows, -1).permute(0, 3, 2, 1)
-
-
 def _windows(x: Tensor, taps: int, dilation: int) -> Tensor:
-    """(B, W, K) -> (B, W, taps·K): what a centred window of that many columns sees, zeros beyond the edges."""
-    margin = dilation * (taps // 2)
+    """(..., W, K) -> (..., W, taps·K): what a centred window of that many columns sees, zeros beyond the edges."""
+    margin, width = dilation * (taps // 2), x.shape[-2]
     padded = F.pad(x, (0, 0, margin, margin))
-    return torch.cat([padded[:, k * dilation :][:, : x.shape[1]] for k in range(taps)], dim=2)
+    return torch.cat([padded[..., k * dilation : k * dilation + width, :] for k in range(taps)], dim=-1)
 
 
 class Network(nn.Module):
-    """Pixels before -> features -> logits of a pixel's levels. Weights of all layers lie in one tensor, layer first."""
+    """Pixels before -> features -> logits of a pixel's levels. Weights of all layers lie in one tensor, layer first.
 
-    slots: Tensor
+    Each kernel is kept apart by what it looks at, since sampling takes some of its taps long before the others.
+    """
+
+    depth: Tensor
+    ring: Tensor
     behind: Tensor
     first_level: Tensor
 
@@ -117,51 +116,66 @@ class Network(nn.Module):
         self.label = nn.Embedding(space.classes + 1, 2 * f) if space.classes else None  # the last one: no label
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.05)
-        self.above = _weight(f, (2 * REACH + 1) * REACH * e, gain=math.sqrt(2))  # inputs: columns, rows, channels
-        self.left = _weight(f, REACH * e, gain=math.sqrt(2))  # inputs: columns, channels
-        self.vertical = _weight(n, 2 * f, 3 * 2 * f)  # inputs: columns, rows, features
+        half = math.sqrt(0.5)
+        self.look_up = _weight(f, (2 * REACH + 1) * REACH * e, gain=math.sqrt(2))  # inputs: columns, rows, channels
+        self.look_left = _weight(f, REACH * e, gain=math.sqrt(2))  # inputs: columns, channels
+        self.up = _weight(n, 2 * f, 3 * f, gain=half)  # the vertical kernel's taps a dilation above; columns, features
+        self.across = _weight(n, 2 * f, 3 * f, gain=half)  # and those in the row itself
         self.vertical_bias = nn.Parameter(torch.zeros(n, 2 * f))
-        self.down = _weight(n, 2 * f, f, gain=math.sqrt(0.5))  # from the vertical stack to the horizontal
-        self.past = _weight(n, 2 * f, f, gain=math.sqrt(0.5))  # the horizontal kernel's tap to the left
-        self.now = _weight(n, 2 * f, f, gain=math.sqrt(0.5))  # and the one at the pixel itself
+        self.down = _weight(n, 2 * f, f, gain=half)  # from the vertical stack to the horizontal
+        self.past = _weight(n, 2 * f, f, gain=half)  # the horizontal kernel's tap a dilation to the left
+        self.now = _weight(n, 2 * f, f, gain=half)  # and the one at the pixel itself
         self.horizontal_bias = nn.Parameter(torch.zeros(n, 2 * f))
         self.out = _weight(n, f, f, gain=0.5)
-        self.heads = nn.ModuleList(_head(f + c * config.embedding, config) for c in range(space.channels))
-        self.register_buffer("first_level", torch.arange(space.channels) * config.levels, persistent=False)
-        # In a row of `PixelRows.past`: where each layer keeps column 0, and the column a dilation before it.
-        margin = max(config.dilations)
-        slots = torch.arange(n) * (margin + space.width) + margin
-        self.register_buffer("slots", slots, persistent=False)
-        self.register_buffer("behind", slots - torch.tensor(config.dilations), persistent=False)
+        self.heads = nn.ModuleList(Head(f + c * config.embedding, config) for c in range(space.channels))
+
+        # Where things lie in `PixelRows`: the rings of each layer, and the features a dilation to the left of a column.
+        dilations = torch.tensor(config.dilations)
+        constants = {
+            "depth": dilations,
+            "ring": dilations.cumsum(0) - dilations,
+            "behind": torch.arange(n) - n * dilations,
+            "first_level": torch.arange(space.channels) * config.levels,
+        }
+        for name, constant in constants.items():
+            self.register_buffer(name, constant, persistent=False)
 
     def embed(self, levels: Tensor) -> Tensor:
         """Levels (..., C) -> (..., C·E)."""
         return F.embedding(levels + self.first_level, self.table).flatten(-2)
 
-    def told(self, labels: Tensor) -> Tensor:
+    def by_label(self, labels: Tensor) -> Tensor:
         """(B, 2F): what labels (B,) add to the inputs of the vertical and of the horizontal stack."""
         if self.label is None:
             return self.place.new_zeros(len(labels), 2 * self.features)
-        told: Tensor = self.label(labels.where(labels >= 0, self.label.num_embeddings - 1))
-        return told
+        added: Tensor = self.label(labels.where(labels >= 0, self.label.num_embeddings - 1))
+        return added
 
     def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Embedded images (B, H, W, C·E), labels (B,) -> features (B, H, W, F) of what is known before each pixel."""
-        f = self.features
+        f, n = self.features, len(self.dilations)
         x = pixels.permute(0, 3, 1, 2)  # channels-last: (B, C·E, H, W)
-        v = F.conv2d(F.pad(x, (REACH, REACH, REACH, -1)), _kernel(self.above, REACH, 2 * REACH + 1))
-        h = F.conv2d(F.pad(x, (REACH, -1, 0, 0)), _kernel(self.left, 1, REACH))
-        base = (self.place + self.told(labels)[:, None, None]).to(v.dtype).permute(0, 3, 1, 2)
+        look_up = self.look_up.view(f, 2 * REACH + 1, REACH, -1).permute(0, 3, 2, 1)
+        look_left = self.look_left.view(f, 1, REACH, -1).permute(0, 3, 1, 2)
+        v = F.conv2d(F.pad(x, (REACH, REACH, REACH, -1)), look_up)  # (B, F, H, W)
+        h = F.conv2d(F.pad(x, (REACH, -1, 0, 0)), look_left)
+        base = (self.place + self.by_label(labels)[:, None, None]).to(v.dtype).permute(0, 3, 1, 2)
         v, h = v + base[:, :f], h + base[:, f:]
-        beside = torch.cat([self.past, self.now], dim=2)
-        weights = (self.vertical, self.vertical_bias, self.down, beside, self.horizontal_bias, self.out)
-        layers = zip(*(weight.unbind() for weight in weights), strict=True)
-        for d, (above, v_bias, down, left, h_bias, out) in zip(self.dilations, layers, strict=True):
-            v = v + gate(F.conv2d(F.pad(v, (d, d, d, 0)), _kernel(above, 2, 3), v_bias, dilation=d))
-            u = F.conv2d(v, _kernel(down, 1, 1)) + F.conv2d(
-                F.pad(h, (d, 0, 0, 0)), _kernel(left, 1, 2), h_bias, dilation=d
-            )
-            h = h + F.conv2d(gate(u), _kernel(out, 1, 1))
+        layers = zip(
+            self.dilations,
+            torch.stack([self.up, self.across], dim=2).view(n, 2 * f, 2, 3, f).permute(0, 1, 4, 2, 3).unbind(),
+            self.vertical_bias.unbind(),
+            self.down[..., None, None].unbind(),
+            torch.stack([self.past, self.now], dim=-1)[:, :, :, None].unbind(),
+            self.horizontal_bias.unbind(),
+            self.out[..., None, None].unbind(),
+            strict=True,
+        )
+        for d, vertical, vertical_bias, down, horizontal, horizontal_bias, out in layers:
+            u = F.conv2d(F.pad(v, (d, d, d, 0)), vertical, vertical_bias, dilation=d)  # (B, 2F, H, W)
+            v = v + gate(u)
+            u = F.conv2d(F.pad(h, (d, 0, 0, 0)), horizontal, horizontal_bias, dilation=d)
+            h = h + F.conv2d(gate(u + F.conv2d(v, down)), out)
         return h.permute(0, 2, 3, 1)
 
     def logits(self, channel: int, features: Tensor, pixel: Tensor) -> Tensor:
@@ -171,11 +185,19 @@ class Network(nn.Module):
         return logits
 
 
-def _head(inputs: int, config: Config) -> nn.Sequential:
-    last = nn.Linear(config.hidden, config.levels)
-    nn.init.normal_(last.weight, std=0.5 / math.sqrt(config.hidden))
-    nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(inputs, config.hidden), nn.ReLU(), last)
+class Head(nn.Module):
+    """Features -> logits of a channel's levels."""
+
+    def __init__(self, inputs: int, config: Config) -> None:
+        super().__init__()
+        self.first = _weight(config.hidden, inputs)
+        self.first_bias = nn.Parameter(torch.zeros(config.hidden))
+        self.last = _weight(config.levels, config.hidden, gain=0.5)
+        self.last_bias = nn.Parameter(torch.zeros(config.levels))
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = F.linear(features, self.first, self.first_bias).relu_()
+        return F.linear(hidden, self.last, self.last_bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -186,14 +208,15 @@ class PixelRows(Rows):
     """Images half drawn, and the caches of both stacks. A tick draws one pixel, all of its channels."""
 
     label: Tensor  # (B,)
-    temperature: Tensor  # (B,) float64
-    uniforms: Tensor  # (B, H·W, C): all the randomness of the image
+    temperature: Tensor  # (B, 1) float64
+    uniforms: Tensor  # (B, H·W, C) float64: all the randomness of the image
     levels: Tensor  # (B, H·W, C)
-    rows: Tensor  # (B, REACH, W, C·E): embedded pixels of the image rows above
-    row: Tensor  # (B, REACH + W, C·E): of the row that is being drawn, after a margin of zeros
-    above: tuple[Tensor, ...]  # per layer (B, d_l + 1, W, F): vertical features of image row i at i mod (d_l + 1)
-    below: Tensor  # (B, W, F + L·2F): what the row's features start from and what its gates are told from above
-    past: Tensor  # (B, L, max d + W, F): horizontal features of the row that is being drawn, after a margin of zeros
+    # of the image rows above
+    above: Tensor  # (B, Σ d_l, W, F): vertical features; in layer l's ring those of image row i are at i mod d_l
+    # of the image row that is being drawn, by column, after a margin of M columns of zeros
+    told: Tensor  # (B, M + W, F + L·2F): from above, to the horizontal stack's input and to its gates
+    pixels: Tensor  # (B, M + W, C·E): embedded
+    past: Tensor  # (B, M + W, L·F): what entered each layer of the horizontal stack
 
 
 class Model(_protocol.Model, OnePassDensity):
@@ -261,81 +284,101 @@ class Model(_protocol.Model, OnePassDensity):
 
     # sampler
 
+    @property
+    def _margin(self) -> int:
+        return max(REACH, *self.config.dilations)
+
     def init(self, draws: Sequence[Draw]) -> PixelRows:
         b, (c, h, w), device = len(draws), self.spec.image.shape, self.device
-        f, d = self.config.features, self.config.dilations
-        e = c * self.config.embedding
+        f, n, columns = self.config.features, len(self.config.dilations), self._margin + w
         seed = _random.seed_bits([draw.seed for draw in draws], device)
         sample = torch.tensor([draw.sample for draw in draws], device=device)
+        temperature = torch.tensor([draw.temperature for draw in draws], dtype=torch.float64, device=device)
         return PixelRows(
             tick=torch.zeros(b, dtype=torch.int64, device=device),
             left=torch.full((b,), h * w, device=device),
             label=torch.tensor([draw.label for draw in draws], device=device),
-            temperature=torch.tensor([draw.temperature for draw in draws], dtype=torch.float64, device=device),
-            uniforms=_random.uniform(seed, sample, 0, 0, (h * w, c)),
+            temperature=temperature[:, None],
+            uniforms=_random.uniform(seed, sample, 0, 0, (h * w, c)).double().contiguous(),
             levels=torch.zeros(b, h * w, c, dtype=torch.int64, device=device),
-            rows=torch.zeros(b, REACH, w, e, device=device),
-            row=torch.zeros(b, REACH + w, e, device=device),
-            above=tuple(torch.zeros(b, layer + 1, w, f, device=device) for layer in d),
-            below=torch.zeros(b, w, f + len(d) * 2 * f, device=device),
-            past=torch.zeros(b, len(d), max(d) + w, f, device=device),
+            above=torch.zeros(b, sum(self.config.dilations), w, f, device=device),
+            told=torch.zeros(b, columns, f + n * 2 * f, device=device),
+            pixels=torch.zeros(b, columns, c * self.config.embedding, device=device),
+            past=torch.zeros(b, columns, n * f, device=device),
         )
 
     def step(self, rows: PixelRows) -> PixelRows:
-        """Draw the next pixel of every image; wherever they stand."""
+        """Draw the next pixel of every image, wherever it is."""
         net, f, n = self.network, self.config.features, len(self.config.dilations)
-        b, width = rows.below.shape[:2]
-        column = rows.tick % width
+        b, columns, e = rows.pixels.shape
+        column = rows.tick % (columns - self._margin)
         first = (column == 0).nonzero().flatten()
         if len(first) > 0:
             self._begin_row(rows, first)
 
-        chain = torch.arange(b, device=column.device)
-        here = chain * (REACH + width) + column
-        window = (here[:, None] + torch.arange(REACH, device=column.device)).flatten()
-        beside = rows.row.view(-1, rows.row.shape[2]).index_select(0, window).view(b, -1)  # (B, REACH·C·E)
-        below = rows.below.view(b * width, -1).index_select(0, chain * width + column)
-        h = torch.addmm(below[:, :f], beside, net.left.mT)  # (B, F)
+        device = column.device
+        at = column + torch.arange(self._margin, b * columns, columns, device=device)  # in caches without their dim 0
+        told = rows.told.view(b * columns, -1).index_select(0, at)
+        nearest = (at[:, None] + torch.arange(-REACH, 0, device=device)).flatten()
+        pixels = rows.pixels.view(b * columns, e)
+        h = torch.addmm(told[:, :f], pixels.index_select(0, nearest).view(b, REACH * e), net.look_left.mT)  # (B, F)
 
-        past = rows.past.view(-1, f)
-        in_past = (chain * (past.shape[0] // b) + column)[:, None]
-        behind = past.index_select(0, (in_past + net.behind).flatten()).view(b, n, f)
-        gates = torch.baddbmm(below[:, f:].view(b, n, 2 * f).transpose(0, 1), behind.transpose(0, 1), net.past.mT)
-        seen = []
+        behind = rows.past.view(-1, f).index_select(0, (at[:, None] * n + net.behind).flatten()).view(b, n, f)
+        gates = torch.baddbmm(told[:, f:].view(b, n, 2 * f).transpose(0, 1), behind.transpose(0, 1), net.past.mT)
+        entered = []
         for u, now, out in zip(gates.unbind(), net.now.mT.unbind(), net.out.mT.unbind(), strict=True):
-            seen.append(h)
+            entered.append(h)
             h = torch.addmm(h, F.glu(torch.addmm(u, h, now), dim=1), out)
-        past.index_copy_(0, (in_past + net.slots).flatten(), torch.stack(seen, dim=1).view(-1, f))
+        rows.past.view(b * columns, -1).index_copy_(0, at, torch.cat(entered, dim=1))
 
-        pixel = h.new_empty(b, 0)
-        uniforms = rows.uniforms[chain, rows.tick]
-        levels = []
-        for c in range(uniforms.shape[1]):
-            level = draw(net.logits(c, h, pixel), uniforms[:, c], rows.temperature)
-            pixel = torch.cat([pixel, F.embedding(level + c * self.config.levels, net.table)], dim=1)
-            levels.append(level)
-        rows.levels[chain, rows.tick] = torch.stack(levels, dim=1)
-        rows.row.view(-1, rows.row.shape[2]).index_copy_(0, here + REACH, pixel)
+        pixel = torch.arange(0, b * rows.levels.shape[1], rows.levels.shape[1], device=device) + rows.tick
+        levels, embedded = self._draw_pixel(
+            rows, h, rows.uniforms.view(-1, rows.uniforms.shape[2]).index_select(0, pixel)
+        )
+        rows.levels.view(-1, levels.shape[1]).index_copy_(0, pixel, levels)
+        pixels.index_copy_(0, at, embedded)
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
 
+    def _draw_pixel(self, rows: PixelRows, h: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Channel by channel, from features h (B, F): levels (B, C) and what stands for them (B, C·E)."""
+        net = self.network
+        levels, embedded = [], h[:, :0]
+        for c, uniform in enumerate(uniforms.unbind(dim=1)):
+            level = draw(net.logits(c, h, embedded), uniform, rows.temperature)
+            one = F.embedding(level + c * self.config.levels, net.table)
+            embedded = torch.cat([embedded, one], dim=1) if c else one
+            levels.append(level)
+        return torch.stack(levels, dim=1), embedded
+
     def _begin_row(self, rows: PixelRows, at: Tensor) -> None:
         """The vertical stack over an image row, for the chains `at`, which are about to draw its first pixel."""
-        net, f = self.network, self.config.features
-        i = rows.tick[at] // rows.below.shape[1]
-        inputs = torch.cat([rows.rows[at, 1:], rows.row[at, None, REACH:]], dim=1)  # (b, REACH, W, C·E)
-        rows.rows = rows.rows.index_copy(0, at, inputs)  # not in place: a step may be taken again
-        base = net.place[i] + net.told(rows.label[at])[:, None]  # (b, W, 2F)
-        seen = _windows(inputs.transpose(1, 2).flatten(2), 2 * REACH + 1, 1)
-        v = F.linear(seen, net.above) + base[..., :f]  # (b, W, F)
-        found = []
-        for cache, d, weight, bias in zip(rows.above, net.dilations, net.vertical, net.vertical_bias, strict=True):
-            both = torch.cat([cache[at, (i - d) % (d + 1)], v], dim=2)  # (b, W, 2F): image rows i − d and i
-            cache[at, i % (d + 1)] = v
-            v = v + F.glu(F.linear(_windows(both, 3, d), weight, bias))
+        net, f, n = self.network, self.config.features, len(self.config.dilations)
+        b, (_, height, width) = len(at), self.spec.image.shape
+        i = rows.tick.index_select(0, at) // width
+        base = net.place.index_select(0, i) + net.by_label(rows.label.index_select(0, at))[:, None]  # (b, W, 2F)
+
+        near = i[:, None] + torch.arange(-REACH, 0, device=i.device)  # image rows that the stack's input sees
+        levels = rows.levels.view(len(rows.tick), height, width, -1)[at[:, None], near.clamp(min=0)]
+        seen = net.embed(levels) * (near >= 0)[:, :, None, None]  # (b, REACH, W, C·E)
+        v = (
+            F.linear(_windows(seen.transpose(1, 2).flatten(2), 2 * REACH + 1, 1), net.look_up) + base[..., :f]
+        )  # (b, W, F)
+
+        place = at[:, None], net.ring + i[:, None] % net.depth
+        upper = rows.above[place].unbind(dim=1)
+        seen = torch.stack([_windows(row, 3, d).flatten(0, 1) for row, d in zip(upper, net.dilations, strict=True)])
+        gates = torch.baddbmm(net.vertical_bias[:, None], seen, net.up.mT)  # (L, b·W, 2F)
+        entered, found = [], []
+        for u, across, d in zip(gates.unbind(), net.across.mT.unbind(), net.dilations, strict=True):
+            entered.append(v)
+            v = v + F.glu(torch.addmm(u, _windows(v, 3, d).flatten(0, 1), across), dim=1).view(b, width, f)
             found.append(v)
-        gates = torch.einsum("lbwf,lgf->bwlg", torch.stack(found), net.down) + net.horizontal_bias
-        rows.below[at] = torch.cat([base[..., f:], gates.flatten(2)], dim=2)
+        rows.above[place] = torch.stack(entered, dim=1)
+
+        gates = torch.baddbmm(net.horizontal_bias[:, None], torch.stack(found).flatten(1, 2), net.down.mT)
+        told = torch.cat([base[..., f:], gates.transpose(0, 1).reshape(b, width, n * 2 * f)], dim=2)
+        rows.told[at, self._margin :] = told
 
     def image(self, rows: PixelRows) -> Tensor:
         c, h, w = self.spec.image.shape
@@ -377,14 +420,14 @@ class Model(_protocol.Model, OnePassDensity):
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: Tensor) -> Tensor:
-    """Levels (B,) from the softmax of logits (B, levels) / temperature (B,): the quantiles at uniforms (B,).
+    """Levels (B,) from the softmax of logits (B, levels) / temperature (B, 1), both taken to float64: quantiles.
 
-    In float64 the distribution function is monotone and ends above what a uniform on (0, 1) asks for: the level is
-    always in range and possible. Logits that differ in their last bits, as float32 products of other batch sizes may,
-    give another level only where the uniform falls between the two values of the distribution function.
+    uniforms (B,) are float32's midpoints on (0, 1). In float64 the distribution function is monotone and ends above any
+    of them: the level is always in range and possible. Logits that differ in their last bits, as float32 products of
+    other batch sizes may, give another level only where a uniform falls between the two values of the function.
     """
-    cumulative = (logits.double() / temperature[:, None]).softmax(dim=1).cumsum(dim=1)
-    return torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    cumulative = (logits / temperature).softmax(dim=1).cumsum(dim=1).contiguous()
+    return torch.searchsorted(cumulative, uniforms[:, None].contiguous(), right=True)[:, 0]
 
 
 def _tiles(terms: Tensor, size: int) -> Tensor:

@@ -214,7 +214,8 @@ def test_rows_join_and_leave_and_stand_at_different_pixels() -> None:
     requests = draws(GREY, 9)
     alone = [sample(model, [request]) for request in requests]
     generator = torch.Generator().manual_seed(0)
-    waiting, names, finished = list(range(9)), [], {}
+    waiting, finished = list(range(9)), {}
+    names: list[int] = []
     rows: PixelRows | None = None
     with torch.inference_mode():
         while waiting or names:
@@ -263,9 +264,9 @@ def test_samples_follow_the_density() -> None:
 def test_draw_inverts_the_distribution_function() -> None:
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -1.0]])
     n = 20_000
-    uniforms = (torch.arange(n) + 0.5) / n
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     for temperature in (0.5, 1.0, 2.0):
-        levels = pixelcnn.draw(logits.expand(n, 5), uniforms, torch.full((n,), temperature, dtype=torch.float64))
+        levels = pixelcnn.draw(logits.expand(n, 5), uniforms, torch.full((n, 1), temperature, dtype=torch.float64))
         assert (levels.diff() >= 0).all()
         share = levels.bincount(minlength=5) / n
         assert (share - (logits[0] / temperature).softmax(0)).abs().max() <= 1 / n
@@ -273,11 +274,11 @@ def test_draw_inverts_the_distribution_function() -> None:
 
 
 def test_draw_stays_in_range_at_the_ends_of_the_uniforms() -> None:
-    ends = torch.tensor([2.0**-24, 1 - 2.0**-24])
+    ends = torch.tensor([2.0**-24, 1 - 2.0**-24], dtype=torch.float64)
     logits = torch.full((2, 256), -80.0)
     logits[:, 17] = 60.0
-    assert pixelcnn.draw(logits, ends, torch.full((2,), 0.1, dtype=torch.float64)).tolist() == [17, 17]
-    assert pixelcnn.draw(torch.zeros(2, 256), ends, torch.ones(2, dtype=torch.float64)).tolist() == [0, 255]
+    assert pixelcnn.draw(logits, ends, torch.full((2, 1), 0.1, dtype=torch.float64)).tolist() == [17, 17]
+    assert pixelcnn.draw(torch.zeros(2, 256), ends, torch.ones(2, 1, dtype=torch.float64)).tolist() == [0, 255]
 
 
 def test_low_temperature_draws_likelier_images() -> None:
