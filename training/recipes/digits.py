@@ -52,12 +52,12 @@ def gan() -> Run:
     return Run(
         family="gan",
         config=models.gan.Config(
-            latent=32, generator_channels=(32, 64), critic_channels=(32, 64), blocks=(0, 1), penalty=0.5
+            latent=32, generator_channels=(32, 64), critic_channels=(32, 64), blocks=(0, 1), penalty=0.3
         ),
         data="digits",
         steps=4_000,
         batch_size=64,
-        optimisers={"critic": AdamW(lr=6e-4, betas=(0.0, 0.99)), "generator": AdamW(lr=6e-4, betas=(0.0, 0.99))},
+        optimisers={"critic": AdamW(lr=1e-3, betas=(0.0, 0.99)), "generator": AdamW(lr=1e-3, betas=(0.0, 0.99))},
         clip=None,
         channels_last=True,
     )

@@ -52,12 +52,12 @@ def gan() -> Run:
     return Run(
         family="gan",
         config=models.gan.Config(
-            generator_channels=(16, 64, 96), critic_channels=(16, 64, 96), blocks=(0, 0, 1), penalty=0.5
+            generator_channels=(16, 64, 96), critic_channels=(16, 64, 96), blocks=(0, 0, 1), penalty=0.3
         ),
         data="fashion-mnist",
         steps=15_000,
         batch_size=64,
-        optimisers={"critic": AdamW(lr=6e-4, betas=(0.0, 0.99)), "generator": AdamW(lr=6e-4, betas=(0.0, 0.99))},
+        optimisers={"critic": AdamW(lr=1e-3, betas=(0.0, 0.99)), "generator": AdamW(lr=1e-3, betas=(0.0, 0.99))},
         clip=None,
         channels_last=True,
     )
