@@ -48,7 +48,11 @@ def realnvp() -> Run:
 
 
 def gan() -> Run:
-    """Class-conditional GAN, hinge loss with lazy R1, projection critic: 35 CPU minutes of one thread."""
+    """Class-conditional GAN, hinge loss with lazy R1, projection critic: 35 CPU minutes of one thread.
+
+    A classifier agreed with the asked label on 892 of 1,000 samples after 454 steps at lr 1e-3 and penalty 0.3, and on 845
+    after 899 steps at lr 4e-4 and penalty 1 (one seed each, narrower networks, both settings changed at once).
+    """
     return Run(
         family="gan",
         config=models.gan.Config(
