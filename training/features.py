@@ -114,7 +114,8 @@ def feature_space(
         accuracy = _train(network, data, task, config, report)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"key": key, "task": task, "accuracy": repr(accuracy)}
-        write_file(file, save(dict(network.state_dict()), metadata=metadata))
+        tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        write_file(file, save(tensors, metadata=metadata))
     with safe_open(file, framework="pt") as opened:
         accuracy = float(opened.metadata()["accuracy"])
     network.load_state_dict(load_file(file))

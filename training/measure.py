@@ -50,11 +50,11 @@ def sample(model: Model, asked: Sequence[Draw], batch: int, report: Report = _si
             index = np.arange(start, start + _rows.count(rows))
             while len(index):
                 rows = model.step(rows)
-                finished = (rows.left == 0).cpu()
+                finished = (rows.left == 0).cpu().numpy()
                 if finished.any():
-                    done = _rows.take(rows, finished.nonzero()[:, 0])
+                    done = _rows.take(rows, np.flatnonzero(finished).tolist())
                     images[index[finished]] = (model.image(done) * 255).round().to(torch.uint8).cpu().numpy()
-                    rows, index = _rows.take(rows, (~finished).nonzero()[:, 0]), index[~finished]
+                    rows, index = _rows.take(rows, np.flatnonzero(~finished).tolist()), index[~finished]
             report(min(start + batch, len(asked)), len(asked))
     return images
 
