@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from models import _protocol, _random
 from models._likelihoods import pixel_likelihood
+from models._nn import zeroed
 from models._protocol import Batch, Draw, ImageSpace, Likelihood, Range, Rows, Score, Spec, Steps
 
 SAMPLES_PER_STEP = (
@@ -90,8 +91,7 @@ class Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
+        self.second = zeroed(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.second(F.silu(self.first(F.silu(x))))
@@ -248,8 +248,8 @@ class Model(_protocol.Model, _protocol.Density):
         return {"vae": list(self.parameters())}
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
-        """The negative ELBO in bits/dim, one z an image. The KL term's weight rises over the first part of training, lest
-        the decoder learns to do without z before z says anything (arXiv 1511.06349, §3.1)."""
+        """The negative ELBO in bits/dim, one z an image. The KL term's weight rises over the first part of training,
+        lest the decoder learns to do without z before z says anything (arXiv 1511.06349, §3.1)."""
         x = batch.x
         hidden = torch.rand(len(x), device=x.device) < self.config.label_dropout
         labels = batch.labels.masked_fill(hidden, _protocol.UNLABELLED)
@@ -283,7 +283,7 @@ class Model(_protocol.Model, _protocol.Density):
         )
 
     def step(self, rows: VAERows) -> VAERows:
-        """z from the prior, its noise scaled by the temperature; then the pixels' mean, or a draw from their likelihood."""
+        """z from the prior, its noise scaled by the temperature; then the pixels' mean, or a draw of each."""
         noise = _random.normal(rows.seed, rows.sample, rows.tick, PRIOR, (self.config.latent,))
         params = self.decode(self.prior(rows.label).at(rows.temperature[:, None] * noise), rows.label)
         rows.x = self.likelihood.mean(params)
@@ -332,7 +332,7 @@ class Model(_protocol.Model, _protocol.Density):
         return rows
 
     def score(self, rows: BoundRows) -> Score:
-        """log (1/S) Σ w. The statistics are the two terms of the negative ELBO: −E_q log p(x | z), and the KL divergence."""
+        """log (1/S) Σ w. The statistics are the two terms of the negative ELBO, −E_q log p(x | z) and the KL."""
         return Score(
             log_prob=rows.log_w - rows.drawn.to(rows.log_w.dtype).log(),
             statistics={"reconstruction_nats": -rows.reconstruction / rows.drawn, "kl_nats": rows.kl},

@@ -210,7 +210,7 @@ def test_one_sample_of_the_bound_is_an_elbo_on_average() -> None:
 
 
 def test_the_marginal_of_one_pixel_sums_out() -> None:
-    """Σ over a pixel's 256 levels of p(x) is p of the other pixels: the whole model is a distribution, not only bins."""
+    """Σ over a pixel's 256 levels of p(x) is p of the other pixels: the whole model is a distribution."""
     space = ImageSpace(4, 4, 1)
     vae = model(space, latent=1, spread=4.0)
     x = images(1, space).expand(LEVELS, -1, -1, -1).clone()
