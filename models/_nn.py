@@ -1,14 +1,16 @@
-"""Network blocks that families share. A family's file holds what is its own; what two of them would write alike is here."""
+"""Network blocks that families share: what two of them would write alike. What is a family's own is in its file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models import _rows
 
 # ---------------------------------------------------------------------------------------------------------------- U-Net
 
@@ -22,7 +24,7 @@ def image_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
 
 
 def sinusoids(t: Tensor, channels: int) -> Tensor:
-    """t (B,) of order one -> (B, channels): cosines and sines of 1000 t at geometric frequencies (arXiv 1706.03762, §3.5)."""
+    """t (B,) of order one -> (B, channels): cosines and sines of 1000 t at geometric frequencies (1706.03762, §3.5)."""
     half = channels // 2
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000.0) / half))
     angles = 1000.0 * t.float()[:, None] * frequencies
@@ -38,17 +40,15 @@ class Conditioning(nn.Module):
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None
 
-    def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
         told: Tensor = self.time(sinusoids(t, self.width))
         if self.label is not None:
-            null = self.label.num_embeddings - 1
-            index = torch.full_like(t, null, dtype=torch.int64) if labels is None else labels.where(labels >= 0, null)
-            told = told + self.label(index)
+            told = told + self.label(labels.where(labels >= 0, self.label.num_embeddings - 1))
         return F.silu(told)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a shortcut; the conditioning scales and shifts the second norm (AdaGN, arXiv 2105.05233)."""
+    """Two convolutions beside a shortcut; the condition scales and shifts the second norm (AdaGN, arXiv 2105.05233)."""
 
     def __init__(self, inputs: int, outputs: int, condition: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.modulation(condition)[: len(x), :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         out: Tensor = self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
         return out
@@ -97,17 +97,25 @@ class UNetLevel(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(i, outputs, condition, dropout) for i in inputs)
         self.attention = nn.ModuleList(Attention(outputs) if attention else nn.Identity() for _ in inputs)
 
+    def forward(self, h: Tensor, condition: Tensor, twins: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Every block's output. twins: going up, the outputs of this level going down; the last comes first."""
+        outputs = []
+        for i, (block, attention) in enumerate(zip(self.blocks, self.attention, strict=True)):
+            h = attention(block(torch.cat([h, twins[-1 - i]], dim=1) if twins else h, condition))
+            outputs.append(h)
+        return outputs
+
 
 class UNet(nn.Module):
     """U-Net of residual blocks, conditioned on a time and a label (arXiv 2006.11239, appendix B; 2105.05233).
 
-    Level i works at 1 / 2^i of the image's resolution (rounded up, so that any size goes) with channels · multipliers[i] channels;
-    level 0 is the image's own. Going down, every block's output is kept and given to its twin going up.
+    Level i works at 1 / 2^i of the image's resolution (rounded up: any size goes) with channels · multipliers[i]
+    channels. Going down, every block's output is kept and given to its twin going up.
 
     in_channels, out_channels    of the image that comes in and of what goes out; the output begins at zero
     channels, multipliers        width of each level
     blocks                       residual blocks of each level, on each side
-    attention                    levels whose blocks are each followed by attention; between the sides there is always one
+    attention                    levels whose blocks are each followed by attention; the middle has it always
     classes                      number of labels; 0: none
     """
 
@@ -140,29 +148,37 @@ class UNet(nn.Module):
         self.out_norm = image_norm(widths[0])
         self.out = zeroed(nn.Conv2d(widths[0], out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
-        """x (B, in_channels, H, W), t (B,) of order one, labels (B,) with -1 for none -> (B, out_channels, H, W) float32."""
-        told = self.conditioning(t, labels)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # bfloat16 rounds the image more coarsely than its last noise
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """x (B, in_channels, H, W), t (B,) of order one, labels (B,), -1: none -> (B, out_channels, H, W) float32."""
+        asked, x = len(x), at_least(2, x)
+        told = self.conditioning(at_least(4, t), at_least(4, labels))
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is coarser than the last noise of an image
             h = self.stem(x.contiguous(memory_format=torch.channels_last))
         if torch.is_autocast_enabled(x.device.type):
             h = h.to(torch.get_autocast_dtype(x.device.type))
-        kept: list[Tensor] = []
+        kept: list[list[Tensor]] = []
         for i, level in enumerate(self.down):
-            h = self.downsample[i - 1](h) if i else h
-            for block, attention in zip(level.blocks, level.attention, strict=True):
-                h = attention(block(h, told))
-                kept.append(h)
+            kept.append(level(self.downsample[i - 1](h) if i else h, told))
+            h = kept[-1][-1]
         h = self.middle_attention(self.middle(h, told))
         for i, level in reversed(list(enumerate(self.up))):
-            for block, attention in zip(level.blocks, level.attention, strict=True):
-                h = attention(block(torch.cat([h, kept.pop()], dim=1), told))
-            h = F.interpolate(self.upsample[i - 1](h), size=kept[-1].shape[-2:]) if i else h
+            h = level(h, told, kept[i])[-1]
+            if i:
+                h = F.interpolate(self.upsample[i - 1](h), size=kept[i - 1][-1].shape[-2:])
         h = F.silu(self.out_norm(h))
         with torch.autocast(x.device.type, enabled=False):
-            return self.out(h.float())
+            out: Tensor = self.out(h.float())
+        return out[:asked]
+
+
+def at_least(rows: int, x: Tensor) -> Tensor:
+    """x with its last row repeated until there are so many.
+
+    On CPUs, convolutions of one row and matrix products of fewer than four have kernels of their own that round
+    otherwise, and what becomes of a row must not depend on how many others there are.
+    """
+    missing = rows - len(x)
+    return x if missing <= 0 else torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
@@ -176,23 +192,26 @@ def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 # ------------------------------------------------------------------------------------------------------------- guidance
 
 
+def concerned(mask: Tensor) -> Tensor:
+    """Indices of the rows where mask (B,) holds; of all rows where one would have to wait for a device to know."""
+    return mask.nonzero()[:, 0] if mask.device.type == "cpu" else torch.arange(len(mask), device=mask.device)
+
+
 def guided(
     network: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, t: Tensor, labels: Tensor, scale: Tensor
 ) -> Tensor:
-    """Classifier-free guidance per row (arXiv 2207.12598): out_u + scale · (out_c − out_u), in one evaluation of the network.
+    """Classifier-free guidance per row (arXiv 2207.12598): out_u + scale · (out_c − out_u), in one call of the network.
 
-    scale (B,): 1 is the plain conditional model, 0 the model without a label, more than 1 goes beyond the condition. The batch is
-    [all rows; once more without a label the rows that need it]: those with a label and a scale other than 1. Which rows these are
-    is looked up where that is free, on the CPU; an accelerator would have to wait for the answer, so there all rows go twice.
+    scale (B,): 1 is the plain conditional model, 0 the model without a label, more than 1 goes beyond the condition; it
+    means nothing to a row without a label. The batch is [all rows; without a label once more the `concerned` rows];
+    where the first part is of a size that floats do not depend on, so is the second, filled up with its last row.
     """
-    twice = (
-        ((labels >= 0) & (scale != 1)).nonzero()[:, 0]
-        if x.device.type == "cpu"
-        else torch.arange(len(x), device=x.device)
-    )
+    twice = concerned((labels >= 0) & (scale != 1))
     if len(twice) == 0:
         return network(x, t, labels)
+    if len(x) % _rows.ROW_MULTIPLE == 0:
+        twice = _rows.filled(twice)
     both = network(torch.cat([x, x[twice]]), torch.cat([t, t[twice]]), torch.cat([labels, torch.full_like(twice, -1)]))
-    conditional, unconditional = both.split([len(x), len(twice)])
+    conditional, unconditional = both[: len(x)], both[len(x) :]
     strength = scale[twice].view(-1, *(1,) * (x.dim() - 1))
     return conditional.index_copy(0, twice, torch.lerp(unconditional, conditional[twice], strength))

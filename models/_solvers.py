@@ -4,8 +4,8 @@ Every solver here is a linear recurrence in the point where the network was eval
 
     x  <-  a x + b₀ p₀ + b₁ p₁ + … + b_h p_h + d noise,      p_j the prediction of j ticks ago
 
-and one row of (time, α, σ, a, d, b₀ … b_h) per tick is all that tells it apart. Nothing else is needed for solvers of several
-evaluations a step either: the point where a step began is itself a combination of the present point and the predictions since.
+and one row of (time, α, σ, a, d, b₀ … b_h) per tick is all that tells it apart. Solvers with several evaluations a step
+need nothing else: where a step began is itself a combination of the present point and the predictions since.
 
 Two kinds of table:
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from models import _random
+from models._nn import concerned
 from models._protocol import Rows
 
 TIME, ALPHA, SIGMA, POINT, NOISE, PREDICTION = range(6)  # columns; PREDICTION + j holds b_j
@@ -55,10 +56,10 @@ def _table(path: Path, a: Tensor, d: Tensor, *b: Tensor) -> Tensor:
 
 
 def ddim(path: Path, eta: float = 0.0) -> Tensor:
-    """(N, 6) DDIM (arXiv 2010.02502, eq. 12 and 16) for any Gaussian path; eta = 1 is ancestral sampling (2006.11239, alg. 2).
+    """(N, 6) DDIM (arXiv 2010.02502, eq. 12 and 16) for any Gaussian path; eta = 1 is ancestral sampling (2006.11239).
 
-    With eta = 0 it is also Euler's method for the probability-flow ODE in x / α as a function of σ / α, and on a straight path
-    (α = 1 − σ) Euler's method in x itself.
+    With eta = 0 it is also Euler's method for the probability-flow ODE in x / α as a function of σ / α, and on a
+    straight path (α = 1 − σ) Euler's method in x itself.
     """
     alpha, sigma, alpha_s, sigma_s = path.alpha[:-1], path.sigma[:-1], path.alpha[1:], path.sigma[1:]
     # q(x_s | x_t, x₀) has variance σ²_{t|s} σ_s² / σ_t², where x_t = α_{t|s} x_s + σ_{t|s} ε
@@ -69,8 +70,10 @@ def ddim(path: Path, eta: float = 0.0) -> Tensor:
 
 
 def dpm_solver(path: Path) -> Tensor:
-    """(N, 7) DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, one evaluation a step. The first step, and one that
-    ends in σ = 0 where λ is infinite, are of first order."""
+    """(N, 7) DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, one evaluation a step.
+
+    The first step is of first order, and so is one that ends in σ = 0, where λ is infinite.
+    """
     alpha_s, sigma_s = path.alpha[1:], path.sigma[1:]
     lambdas = path.alpha.log() - path.sigma.log()
     h = lambdas.diff()
@@ -100,8 +103,8 @@ def heun(path: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge–Kutta method. Stage i is evaluated at `nodes[i]`; `weights[i]` leads to it from the step's beginning, and
-    the last row of `weights` to the step's end."""
+    """An explicit Runge–Kutta method: `weights[i]` lead from the beginning of a step to stage i at `nodes[i]`, the last
+    ones to its end."""
 
     nodes: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
@@ -114,8 +117,10 @@ RK4 = Tableau((0.0, 1 / 2, 1 / 2, 1.0), ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 
 
 
 def runge_kutta(times: Tensor, method: Tableau) -> Tensor:
-    """(N S, 5 + S) for dx/dt = v(x, t) over the N intervals of `times` (N + 1,), S stages each. A tick goes from the point of one
-    stage to the point of the next. The predictions are v; α and σ are not used."""
+    """(N S, 5 + S) for dx/dt = v(x, t) over the N intervals of `times` (N + 1,), S stages each.
+
+    A tick goes from the point of one stage to the point of the next. The predictions are v; α and σ are not used.
+    """
     stages = len(method.nodes)
     h = times.diff()
     ticks = []
@@ -164,8 +169,8 @@ class Chain(Rows):
     ) -> Self:
         """Rows at tick 0, standard normal noise. A family whose first σ is not 1 scales `x`.
 
-        ticks, memory: the most that any row of this family needs, so that all its rows can share a batch. memory ≥ 1: the newest
-        prediction is kept in any case, as the preview. columns: what a family adds.
+        ticks, memory: the most that any row of this family needs, so that all its rows can share a batch. memory ≥ 1:
+        the newest prediction is kept in any case, as the preview. columns: what a family adds.
         """
         device = seed.device
         table = torch.zeros(len(tables), ticks, PREDICTION + 1 + memory)
@@ -198,8 +203,7 @@ def advance(rows: C, prediction: Tensor) -> C:
     for b, p in zip(coefficients[PREDICTION:], latest, strict=True):
         x.addcmul_(b, p)
     d = coefficients[NOISE]
-    # Deterministic rows draw no noise where it costs nothing to find out which they are; an accelerator would have to be waited for.
-    noisy = d.flatten().nonzero()[:, 0] if x.device.type == "cpu" else torch.arange(len(x), device=x.device)
+    noisy = concerned(d.flatten() != 0)  # deterministic rows do not pay for noise
     if len(noisy):
         noise = _random.normal(rows.seed[noisy], rows.sample[noisy], rows.tick[noisy], STEP_NOISE, x.shape[1:])
         x.index_add_(0, noisy, d[noisy] * noise)

@@ -1,8 +1,8 @@
 """Denoising diffusion probabilistic models (Ho, Jain and Abbeel, arXiv 2006.11239), class-conditional.
 
-What differs from the paper: the cosine schedule (arXiv 2102.09672) is the default; the network may predict ε, x₀ or v (2202.00512);
-labels with classifier-free guidance (2207.12598); samplers with any number of steps (`models._solvers`); and the reverse process
-may learn its variance per pixel, in the form below, which tightens the bound. Sampling never uses that variance.
+What differs from the paper: the cosine schedule (arXiv 2102.09672) is the default; the network may predict ε, x₀ or v
+(2202.00512); labels with classifier-free guidance (2207.12598); solvers of any number of steps (`models._solvers`); the
+reverse process may learn its variance per pixel, in the form below, which tightens the bound. No solver uses it.
 
 The forward process q and the reverse process p_θ, for t = 1 … T and an image x₀ in [−1, 1]:
 
@@ -10,9 +10,9 @@ The forward process q and the reverse process p_θ, for t = 1 … T and an image
     p_θ(x_{t−1} | x_t) = N(μ̃_t(x_t, x̂₀), β̃_t (1 + κ_t r))    κ_t = SNR_{t−1} / SNR_t − 1
     p_θ(x₀ | x₁) = N(x̂₀, r σ₁² / α₁²), in bins of the 8-bit grid, the outer ones open (eq. 13)
 
-where x̂₀ is the network's estimate and r the squared error of ε that is expected at a pixel. r = 0 gives the paper's variance β̃_t
-and r = 1 its β_t; a learned r is a second output of the network. With e² = SNR_t (x₀ − x̂₀)², the actual squared error of ε, the
-terms of the bound (eq. 5) are sums over pixels of
+where x̂₀ is the network's estimate and r the squared error of ε that is expected at a pixel. r = 0 gives the paper's β̃_t
+and r = 1 its β_t (over 1 − β_t); a learned r is a second output of the network. With e² = SNR_t (x₀ − x̂₀)², the actual
+squared error of ε, the terms of the bound (eq. 5) are sums over pixels of
 
     L_{t−1} = ½ [log(1 + κ_t r) + (1 + κ_t e²) / (1 + κ_t r) − 1]
 
@@ -86,7 +86,7 @@ def signal_and_noise(schedule: str, timesteps: int) -> tuple[Tensor, Tensor]:
 
 
 def expected_terms(kappa: Tensor, snr: Tensor) -> Tensor:
-    """How large the terms L_{t−1} are about, up to a factor, for pixels of the variances `UNKNOWN` of which nothing else is known.
+    """How large the terms L_{t−1} are about, up to a factor: those of pixels of the variances `UNKNOWN`, each alone.
 
     A score looks at terms, and training draws timesteps, in this proportion; it biases neither.
     """
@@ -95,7 +95,7 @@ def expected_terms(kappa: Tensor, snr: Tensor) -> Tensor:
 
 
 def inclusion(size: Tensor, n: int) -> Tensor:
-    """Probabilities proportional to size, but 1 at most, that sum to n: how likely each term is to be among n chosen ones."""
+    """Probabilities in proportion to size, but 1 at most, that sum to n: of each term to be among n chosen ones."""
     chosen = torch.zeros_like(size)
     certain = torch.zeros_like(size, dtype=torch.bool)
     while True:
@@ -198,7 +198,7 @@ class Model(BaseModel, Density):
     # ---- network
 
     def _evaluate(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """x_t (B, C, H, W), t / T (B,), labels (B,) -> (B, C or 2C, H, W) float32: the prediction, and the logits of r."""
+        """x_t (B, C, H, W), t / T (B,), labels (B,) -> (B, C or 2C, H, W) float32: the prediction, and logits of r."""
         with torch.autocast(x.device.type, enabled=False):
             turns = [(x + 1) * (255 * math.pi / period) for period in self.config.detail_periods]
             views = [x, *(f(angle) for angle in turns for f in (torch.sin, torch.cos))]
@@ -229,8 +229,8 @@ class Model(BaseModel, Density):
         return {"network": list(self.network.parameters())}
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
-        """L_simple (eq. 14) in the network's own prediction, where a part of the timesteps is drawn as the bound weighs them; and a
-        cross-entropy from which the expected squared error r is learnt, whose minimum is at r = E[e² | x_t]."""
+        """L_simple (eq. 14) of the network's own prediction, where a part of the timesteps is drawn as the bound weighs
+        them, and a cross-entropy from which r is learnt: its minimum is at r = E[e² | x_t]."""
         b, device = len(batch.x), batch.x.device
         x0, noise = 2 * batch.x - 1, torch.randn_like(batch.x)
         even = (torch.arange(b, device=device) + torch.rand(b, device=device)) / b
@@ -268,8 +268,8 @@ class Model(BaseModel, Density):
         )
 
     def _table(self, solver: str, steps: int) -> Tensor:
-        """Timesteps lie evenly from T down to 0, both included (2305.08891, table 2, "trailing"): the first step must begin at pure
-        noise, however few steps there are."""
+        """Timesteps lie evenly from T down to 0, both included ("trailing", 2305.08891, §3.3): however few steps there
+        are, the first must begin at pure noise."""
         alpha, sigma = self.path
         t = (torch.arange(steps, -1, -1, dtype=torch.float64) * self.config.timesteps / steps).round().long()
         path = _solvers.Path(t.double() / self.config.timesteps, alpha[t], sigma[t])
@@ -351,9 +351,9 @@ class Model(BaseModel, Density):
         return torch.ones_like(out) * _column(torch.where(t == 1, 1.0, float(self.config.variance == "large")))
 
     def score(self, rows: BoundRows) -> Score:
-        """`stderr` is of the choice of terms and of their noise, without that of L₀; from successive differences, so rather too
-        large than too small. Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean squared error of x̂₀ in [−1, 1]
-        over the timesteps that have more noise than signal."""
+        """`stderr` is that of the choice of terms and of their noise, without that of L₀; from successive differences,
+        so rather too large than too small. Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean
+        squared error of x̂₀ on the scale [−1, 1] over the timesteps that have more noise than signal."""
         terms = self.config.bound_steps - 1
         return Score(
             log_prob=-rows.per_pixel.sum(dim=(1, 2)),
@@ -380,7 +380,8 @@ def log_bin(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     flip = lower > 0
     lower, upper = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
     log_upper = torch.special.log_ndtr(upper)
-    return log_upper + (-torch.expm1(torch.special.log_ndtr(lower) - log_upper)).log()
+    inside: Tensor = log_upper + (-torch.expm1(torch.special.log_ndtr(lower) - log_upper)).log()
+    return inside
 
 
 def _column(values: Tensor) -> Tensor:
