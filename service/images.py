@@ -151,10 +151,11 @@ def _sniff(data: bytes) -> tuple[str, Callable[[bytes, ImageShape, bool, int], D
 
 
 def _png(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded:
-    image = PngImagePlugin.PngImageFile(io.BytesIO(data))
-    depth = data[24]  # IHDR comes first: length, name, width, height, depth
-    if depth == 16:  # Pillow would drop the low byte of most of these without a word
+    if data[12:16] != b"IHDR" or len(data) < 33:
+        raise ImageRefused("a PNG without its header, or cut off")
+    if data[24] == 16:  # the depth; Pillow would drop the low byte of most of these without a word
         raise ImageRefused("a PNG of 16 bits a channel; models take 8")
+    image = PngImagePlugin.PngImageFile(io.BytesIO(data))
     return _finish(image, shape, resize, max_side, says_channels=image.mode != "P")
 
 
@@ -195,11 +196,8 @@ def _npy(data: bytes, shape: ImageShape, resize: bool, max_side: int) -> Decoded
             f"an npy of {content.size:,} bytes for shape {dims}, which is {math.prod(dims):,}: cut off, or too long"
         )
     array = content.reshape(dims, order="F" if by_column else "C")
-    return _fit(
-        Image.fromarray(np.ascontiguousarray(array.reshape(height, width) if array.size == height * width else array)),
-        shape,
-        resize,
-    )
+    rows = np.ascontiguousarray(array if array.ndim == 2 or dims[2] == 3 else array[:, :, 0])
+    return _fit(Image.fromarray(rows), shape, resize)
 
 
 def _npy_header(data: bytes) -> tuple[int, str, bool, tuple[int, ...]]:

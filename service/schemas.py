@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 Format: TypeAlias = Literal["png", "jpeg", "webp", "npy"]
@@ -31,7 +31,6 @@ def _one_model(value: Any) -> Any:
 
 Label: TypeAlias = Annotated[int | str, Field(description="a class, by name or by index")]
 ModelId: TypeAlias = Annotated[str, Field(description="a model's id, as in `GET /models`")]
-OneModelId: TypeAlias = Annotated[ModelId, BeforeValidator(_one_model)]
 
 
 class Request(BaseModel):
@@ -77,7 +76,7 @@ class GenerateRequest(JobOptions):
 
 
 class ScoreOptions(JobOptions):
-    model: Annotated[OneModelId, WithJsonSchema({"type": "string", "description": "a model's id, as in `GET /models`"})]
+    model: Annotated[ModelId, BeforeValidator(_one_model)]
     label: Annotated[Label | None, BeforeValidator(_label)] = None
     alpha: float = Field(0.01, gt=0, lt=1, description="false alarms to accept among normal images")
     heatmap: bool = Field(False, description="also say where in the image it is unlikely")

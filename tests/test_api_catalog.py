@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from api_fakes import DIFFUSION, GAN, SPECS, Api, ready_worker, write_model
 
+from models import _checkpoint, gan
+from models._protocol import ImageSpace
 from service.broker import ModelState, WorkerState
 from service.catalog import Catalog
 
@@ -157,6 +160,22 @@ def break_model(folder: Path, name: str, change: Any) -> None:
     else:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "model.json").write_bytes(change.encode("latin-1"))
+
+
+def test_a_checkpoint_as_training_writes_it_is_read(catalog: Catalog) -> None:
+    config = gan.Config(latent=4, embedding=4, generator_channels=(8, 8), critic_channels=(8, 8), blocks=(0, 1))
+    model = gan.Model(config, ImageSpace(width=8, height=8, channels=1, labels=("a", "b")))
+    _checkpoint.save(catalog.folder / "one", model, config, {"metrics": {"fd": 1.5}})
+    catalog.refresh()
+    version = catalog.entry("one", []).version
+    assert version is not None
+    content = (catalog.folder / "one" / "model.json").read_bytes()
+    weights = (catalog.folder / "one" / "weights.safetensors").read_bytes()
+    assert version.sha256 == hashlib.sha256(content).hexdigest()
+    assert version.weights_sha256 == hashlib.sha256(weights).hexdigest()
+    assert version.metrics == {"fd": 1.5}
+    assert version.spec.model_dump(mode="json") == json.loads(json.dumps(model.spec.to_json()))
+    assert version.spec.label_index("b") == 1
 
 
 @pytest.mark.parametrize(("change", "reason"), BROKEN, ids=[reason for _, reason in BROKEN])

@@ -76,7 +76,9 @@ async def test_a_label_by_name_is_the_label_by_index(tmp_path: Path, label: int)
     [
         ({"model": "diffusion", "n": 3, "steps": 10}, 3, 30),
         ({"model": "diffusion", "n": 3, "steps": 10, "guidance_scale": 1.0}, 3, 30),
-        ({"model": "diffusion", "n": 3, "steps": 10, "guidance_scale": 1.5}, 3, 60),  # with the label and without
+        ({"model": "diffusion", "n": 3, "steps": 10, "guidance_scale": 1.0, "label": 1}, 3, 30),
+        ({"model": "diffusion", "n": 3, "steps": 10, "guidance_scale": 1.5, "label": 1}, 3, 60),  # with it and without
+        ({"model": "diffusion", "n": 3, "steps": 10, "guidance_scale": 1.5}, 3, 30),  # nothing to guide by
         ({"model": "energy", "n": 2, "steps": 10}, 2, 40),  # two evaluations a step
         ({"model": "gan", "n": 64}, 64, 64),
     ],

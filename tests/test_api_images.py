@@ -331,6 +331,7 @@ def test_a_file_cut_anywhere_is_refused_or_whole(name: str) -> None:
     assert refused >= len(data) - 24  # all but what comes after the pixels
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of oddities that it can live with
 @settings(max_examples=500)
 @given(
     st.sampled_from(list(FILES)),
@@ -350,6 +351,7 @@ def test_a_file_with_wrong_bytes_is_refused_or_an_image_of_the_right_shape(
     assert decoded.pixels.shape == COLOUR.shape
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @given(
     st.binary(max_size=60),
     st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBPVP8X", b"\x93NUMPY\1\0"]),

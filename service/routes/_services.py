@@ -50,7 +50,7 @@ def limits(settings: Settings) -> Accepts:
     )
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:  # async: else it would be called in a thread
     services: Services = request.app.state.services
     return services
 

@@ -136,7 +136,8 @@ async def _resolve(body: GenerateRequest, services: Services, *, streamed: bool)
         preview_every=body.preview_every if streamed else None,  # no other answer has a place for them
     )
     # Guidance asks the network twice a step: with the condition, and without.
-    evaluations = version.spec.steps.network_evaluations_per_step * (2 if guidance != 1 else 1)
+    guided = guidance != 1 and (asked.label is not None or asked.prompt is not None)
+    evaluations = version.spec.steps.network_evaluations_per_step * (2 if guided else 1)
     job = Job(
         id=uuid.uuid4().hex,
         model=body.model,
