@@ -97,7 +97,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if fabric.is_global_zero:
         _checkpoint.save(out, model, run.config, _about(args.recipe, run, dataset))
         console.print(
-            f"checkpoint in {out}; measure it with: python -m training evaluate {out}", highlight=False, soft_wrap=True
+            f"checkpoint in {out}; measure it with: python -m training evaluate {out}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
 
 

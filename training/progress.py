@@ -45,7 +45,7 @@ class Clock:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=progress.console,
             disable=not shown or not progress.console.is_terminal,
@@ -82,6 +82,7 @@ class Clock:
             left = (now - self._began) / (step - self._done) * (self._run.steps - step)
             self._lines.print(
                 f"{self._run.family} {step}/{self._run.steps}  {status}  {left:.0f} s left",
+                markup=False,
                 highlight=False,
                 soft_wrap=True,
             )

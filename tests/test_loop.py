@@ -1,0 +1,539 @@
+"""The training loop: resume bit for bit, what a step is, what the groups owe each other, several devices."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import toy_training as toy
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning_fabric import Fabric
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from toy_training import Config, Model, toy_run
+
+import models
+from models._protocol import Batch
+from training import loop
+from training.config import AdamW, Run
+from training.errors import Diverged, RunError
+from training.loop import train
+from training.progress import Progress
+
+ROOT = Path(toy.__file__).parents[1]
+Objective = Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]
+
+
+class Stopped(BaseException):
+    """The process is stopped: nothing may catch it."""
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "family", lambda name: toy)
+
+
+def go(out: Path, run: Run) -> Model:
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if run.precision == "bf16" else "32-true"
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    progress = Progress(out / "events", Console(file=io.StringIO()), quiet=True)
+    model = train(run, toy.dataset(), out, fabric, progress)
+    assert isinstance(model, Model)
+    return model
+
+
+def tensors(out: Path) -> dict[str, Tensor]:
+    """The resume state: weights, averaged weights, moments, random generator."""
+    return load_file(out / "resume" / "state.safetensors") | load_file(out / "resume" / "random-0.safetensors")
+
+
+def assert_same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def at_step(step: int, act: Callable[[Model], None]) -> Callable[[Model, Batch], Objective]:
+    """The toy's objective, with `act` before it at one step."""
+
+    def objective(model: Model, batch: Batch) -> Objective:
+        if batch.step == step:
+            act(model)
+        yield from toy.two_losses(model, batch)
+
+    return objective
+
+
+def stop(model: Model) -> None:
+    raise Stopped
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stop_at", [0, 3, 10, 19])
+def test_an_interrupted_run_ends_bit_for_bit_like_a_straight_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, channels_last: bool, stop_at: int
+) -> None:
+    run = toy_run(precision=precision, channels_last=channels_last, checkpoint_every=5)
+    straight = go(tmp_path / "straight", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "objective", at_step(stop_at, stop))
+        with pytest.raises(Stopped):
+            go(tmp_path / "stopped", run)
+    torch.manual_seed(99)  # whatever the process did in between
+    again = go(tmp_path / "stopped", run)
+    assert_same(again.state_dict(), straight.state_dict())
+    state = tensors(tmp_path / "straight")
+    assert_same(tensors(tmp_path / "stopped"), state)
+    parts = {name.split(".")[0] for name in state}
+    assert parts == {"model", "average", "conv", "linear", "cpu"}, "all that a run is was compared"
+    assert {"conv.0.step", "conv.0.exp_avg", "conv.0.exp_avg_sq"} <= state.keys()
+
+
+def test_without_the_random_generator_or_the_moments_a_resumed_run_would_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above can fail: each part of the state matters to the toy."""
+    straight = go(tmp_path / "straight", toy_run())
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "objective", at_step(10, stop))
+        with pytest.raises(Stopped):
+            go(tmp_path / "stopped", toy_run())
+    for name, spoil in [("random-0", "cpu"), ("state", "linear.0.exp_avg"), ("state", "average.conv.weight")]:
+        shutil.copytree(tmp_path / "stopped", tmp_path / spoil)
+        file = tmp_path / spoil / "resume" / f"{name}.safetensors"
+        kept = load_file(file)
+        kept[spoil] = torch.Generator().manual_seed(1).get_state() if spoil == "cpu" else kept[spoil] + 1
+        save_file(kept, file)
+        assert not torch.equal(go(tmp_path / spoil, toy_run()).conv.weight, straight.conv.weight), spoil
+
+
+@pytest.mark.parametrize("operation", ["mkdir", "rename", "rmtree"])
+@pytest.mark.parametrize("after", range(3))
+def test_a_stop_while_the_state_is_saved_leaves_the_last_state_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, after: int
+) -> None:
+    run = toy_run(checkpoint_every=5)
+    straight = go(tmp_path / "straight", run)
+    owner = shutil if operation == "rmtree" else Path
+    real, left = getattr(owner, operation), [after]
+
+    def stopping(*args: Any, **keywords: Any) -> Any:
+        if left[0] == 0:
+            raise Stopped
+        left[0] -= 1
+        return real(*args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, operation, stopping)
+        with pytest.raises(Stopped):
+            go(tmp_path / "stopped", run)
+    assert_same(go(tmp_path / "stopped", run).state_dict(), straight.state_dict())
+    assert_same(tensors(tmp_path / "stopped"), tensors(tmp_path / "straight"))
+    assert {p.name for p in (tmp_path / "stopped").iterdir()} == {"resume"}
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = go(tmp_path, toy_run())
+    monkeypatch.setattr(toy, "objective", at_step(0, stop))
+    assert_same(go(tmp_path, toy_run()).state_dict(), first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"steps": 30}, "steps"),
+        ({"config": Config(noise=0.2)}, "config"),
+        ({"seed": 1, "batch_size": 4}, "batch_size, seed"),
+        ({"optimisers": {"conv": AdamW(1e-3), "linear": AdamW(1e-2)}}, "optimisers"),
+    ],
+)
+def test_another_runs_state_is_refused_by_what_differs(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    go(tmp_path, toy_run())
+    before = tensors(tmp_path)
+    with pytest.raises(RunError, match=rf"resume: the state of another run \({named} differ\)"):
+        go(tmp_path, toy_run(**changes))
+    assert_same(tensors(tmp_path), before)
+
+
+def test_how_often_a_run_saves_is_no_part_of_what_it_is(tmp_path: Path) -> None:
+    first = go(tmp_path, toy_run())
+    assert_same(go(tmp_path, toy_run(checkpoint_every=3)).state_dict(), first.state_dict())
+
+
+def test_the_seconds_of_all_parts_of_a_run_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds() -> float:
+        about: dict[str, float] = json.loads((tmp_path / "resume" / "state.json").read_text())
+        return about["seconds"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "objective", at_step(15, stop))
+        with pytest.raises(Stopped):
+            go(tmp_path, toy_run())
+    before = seconds()
+    began = time.perf_counter()
+    go(tmp_path, toy_run())
+    assert 0 < before < seconds() < before + time.perf_counter() - began
+
+
+# ---------------------------------------------------------------------------------------------------------------- begin
+
+
+def test_the_same_run_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    a = go(tmp_path / "a", toy_run())
+    torch.manual_seed(5)
+    b, c = go(tmp_path / "b", toy_run()), go(tmp_path / "c", toy_run(seed=1))
+    assert_same(a.state_dict(), b.state_dict())
+    assert not torch.equal(a.conv.weight, c.conv.weight)
+
+
+def test_preparation_sees_the_training_data_once_and_a_resumed_run_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert go(tmp_path, toy_run(batch_size=16)).prepared == toy.SIZE
+    monkeypatch.setattr(Model, "prepare", lambda self, batches: stop(self))
+    assert go(tmp_path, toy_run(batch_size=16)).prepared == toy.SIZE
+
+
+def test_a_run_of_no_steps_is_its_preparation(tmp_path: Path) -> None:
+    model = go(tmp_path, toy_run(steps=0))
+    assert model.prepared == toy.SIZE
+    assert model.seen == 0
+
+
+def test_a_batch_is_images_in_the_unit_interval_with_their_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Batch] = []
+
+    def objective(model: Model, batch: Batch) -> Objective:
+        seen.append(batch)
+        yield from toy.two_losses(model, batch)
+
+    monkeypatch.setattr(toy, "objective", objective)
+    go(tmp_path, toy_run(steps=6, batch_size=8))  # one epoch
+    assert [batch.step for batch in seen] == list(range(6))
+    assert {batch.steps for batch in seen} == {6}
+    split = toy.dataset().splits["train"]
+    x, labels = torch.cat([b.x for b in seen]), torch.cat([b.labels for b in seen])
+    assert (x.dtype, labels.dtype) == (torch.float32, torch.int64)
+    expected = sorted(zip(split.x.reshape(toy.SIZE, -1).tolist(), split.labels.tolist(), strict=True))
+    assert sorted(zip((x * 255).round().flatten(1).tolist(), labels.tolist(), strict=True)) == expected
+    assert torch.equal(x, (x * 255).round() / 255)
+
+
+@pytest.mark.parametrize("names", [[], ["conv"], ["conv", "linear", "critic"], ["conv", "head"]])
+def test_optimisers_that_are_not_the_models_groups_are_refused_by_name(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(RunError, match=r"optimisers: the run has .*, toy has groups \['conv', 'linear'\]"):
+        go(tmp_path, toy_run(optimisers={name: AdamW(1e-3) for name in names}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": -1}, "steps: -1"),
+        ({"batch_size": 0}, "batch_size: 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every: 0"),
+        ({"ema": 1.0}, "ema: 1.0"),
+        ({"ema": -0.1}, "ema: -0.1"),
+    ],
+)
+def test_a_run_that_makes_no_sense_is_refused_by_field(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy_run(**changes)
+
+
+# ------------------------------------------------------------------------------------------------------------- one step
+
+
+@given(warmup=st.integers(0, 50), steps=st.integers(1, 200))
+def test_the_learning_rate_warms_up_in_a_line_and_decays_by_half_a_cosine(warmup: int, steps: int) -> None:
+    run = toy_run(warmup=warmup, steps=steps)
+    factors = [loop.lr_factor(run, step) for step in range(steps)]
+    assert all(0 < f <= 1 for f in factors)
+    for step, f in enumerate(factors[:warmup]):
+        assert f == pytest.approx((step + 1) / warmup)
+    for step, f in enumerate(factors[warmup:]):
+        assert f == pytest.approx(math.cos(math.pi / 2 * step / (steps - warmup)) ** 2)
+    if warmup < steps:
+        assert loop.lr_factor(run, steps) == pytest.approx(0, abs=1e-12)
+    constant = toy_run(warmup=warmup, steps=steps, decay="constant")
+    assert {loop.lr_factor(constant, step) for step in range(warmup, steps)} <= {1.0}
+
+
+def linear_pull(model: Model, batch: Batch) -> Objective:
+    """A loss with gradient 1 on every weight of each group: Adam without memory then steps by the learning rate."""
+    yield "conv", model.conv.weight.sum(), {}
+    yield "linear", model.linear.weight.sum(), {}
+
+
+def test_each_group_steps_by_its_own_scheduled_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = toy_run(
+        optimisers={"conv": AdamW(0.25, betas=(0.0, 0.0)), "linear": AdamW(0.01, betas=(0.0, 0.0))}, clip=None
+    )
+    at: list[tuple[float, float]] = []
+
+    def objective(model: Model, batch: Batch) -> Objective:
+        at.append((float(model.conv.weight.detach()[0, 0, 0, 0]), float(model.linear.weight.detach()[0, 0])))
+        yield from linear_pull(model, batch)
+
+    monkeypatch.setattr(toy, "objective", objective)
+    go(tmp_path, run)
+    for step in range(run.steps - 1):
+        for group, lr in enumerate((0.25, 0.01)):
+            moved = at[step][group] - at[step + 1][group]
+            assert moved == pytest.approx(lr * loop.lr_factor(run, step), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5, 1e6])
+def test_a_groups_gradient_is_clipped_to_its_norm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip: float | None
+) -> None:
+    monkeypatch.setattr(toy, "objective", linear_pull)
+    go(tmp_path, toy_run(steps=1, clip=clip))
+    state = tensors(tmp_path)
+    for name in ("conv", "linear"):
+        weight = state[f"model.{name}.weight"]
+        gradient = state[f"{name}.0.exp_avg"] / (1 - 0.9)  # after one step: (1 − β₁) g
+        norm = math.sqrt(weight.numel())
+        expected = 1.0 if clip is None else min(1.0, clip / norm)
+        assert torch.allclose(gradient, torch.full_like(weight, expected), rtol=1e-4)
+
+
+def test_a_gradient_that_two_parameters_share_is_clipped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum of two weights hands autograd one and the same tensor for both."""
+
+    def objective(model: Model, batch: Batch) -> Objective:
+        assert model.conv.bias is not None
+        yield "conv", 3 * (model.conv.bias[:2] + model.unused).sum(), {}
+        yield "linear", model.linear.weight.sum(), {}
+
+    monkeypatch.setattr(toy, "objective", objective)
+    go(tmp_path, toy_run(steps=1, clip=1.0))
+    state = tensors(tmp_path)
+    gradients = torch.cat([state[f"conv.{i}.exp_avg"].flatten() for i in (1, 2)]) / (1 - 0.9)
+    assert gradients.norm() == pytest.approx(1.0, rel=1e-4)
+    assert gradients[gradients != 0].tolist() == pytest.approx([0.5] * 4, rel=1e-4)
+
+
+def test_the_average_follows_its_formula_and_buffers_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history: list[dict[str, Tensor]] = []
+
+    def keep(model: Model, batch: Batch) -> Objective:
+        history.append({name: p.detach().clone().double() for name, p in model.named_parameters()})
+        yield from toy.two_losses(model, batch)
+
+    monkeypatch.setattr(toy, "objective", keep)
+    run = toy_run(ema=0.6)
+    averaged = go(tmp_path, run)
+    state = tensors(tmp_path)
+    history.append({name: state[f"model.{name}"].double() for name in history[0]})
+    for name, parameter in averaged.named_parameters():
+        expected = history[0][name]
+        for step in range(run.steps):
+            d = min(0.6, (1 + step) / (10 + step))
+            expected = d * expected + (1 - d) * history[step + 1][name]
+        assert torch.allclose(parameter.double(), expected, atol=1e-6)
+    assert not torch.allclose(averaged.conv.weight, state["model.conv.weight"], atol=1e-4)
+    for name in ("chain", "seen"):
+        assert torch.equal(averaged.get_buffer(name), state[f"model.{name}"])
+    assert averaged.seen == run.steps
+
+
+def test_the_exported_average_is_evaluating_and_frozen(tmp_path: Path) -> None:
+    model = go(tmp_path, toy_run(steps=2))
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+# --------------------------------------------------------------------------------------------- two groups, two losses
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_later_loss_sees_the_weights_after_the_earlier_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """As a generator's loss must see the updated critic. Under autocast the layer itself must see it, not only who
+    looks at the weights: autocast keeps bfloat16 copies."""
+    outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def objective(model: Model, batch: Batch) -> Objective:
+        h = torch.ones(1, model.linear.in_features)
+        before = model.linear(h)
+        yield "linear", before.float().square().sum() + before.float().sum(), {}
+        after = model.linear(h)
+        weight, bias = (p.detach().to(before.dtype) for p in model.linear.parameters())
+        with torch.autocast("cpu", enabled=False):
+            expected = nn.functional.linear(h.to(before.dtype), weight, bias)
+        outputs.append((before.detach(), after.detach(), expected))
+        yield "conv", model.conv.weight.square().sum(), {}
+
+    monkeypatch.setattr(toy, "objective", objective)
+    go(tmp_path, toy_run(steps=3, precision=precision))
+    assert len(outputs) == 3
+    for before, after, expected in outputs:
+        assert before.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        assert torch.equal(after, expected)
+        assert not torch.equal(before, after)
+
+
+def test_a_loss_leaves_no_gradient_on_another_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both losses depend on both groups; each is to move its own alone."""
+    seen: list[list[Tensor]] = []
+
+    def objective(model: Model, batch: Batch) -> Objective:
+        losses = toy.two_losses(model, batch)
+        weights = [p.detach().clone() for p in model.conv.parameters()]
+        yield next(losses)
+        assert all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(p, q) for p, q in zip(model.conv.parameters(), weights, strict=True))
+        between = [p.detach().clone() for p in model.linear.parameters()]
+        yield next(losses)
+        assert all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(p, q) for p, q in zip(model.linear.parameters(), between, strict=True))
+        seen.append(between)
+
+    monkeypatch.setattr(toy, "objective", objective)
+    go(tmp_path, toy_run(steps=3))
+    assert len(seen) == 3
+    assert not torch.equal(seen[0][0], seen[1][0]), "and its own it does move"
+
+
+def test_a_parameter_that_no_loss_uses_stays_as_it_is(tmp_path: Path) -> None:
+    """No gradient is not a gradient of zero: not even weight decay applies."""
+    model = go(tmp_path, toy_run())
+    assert model.unused.tolist() == [1.0, 1.0]
+    assert not any(name.startswith("conv.2.") for name in tensors(tmp_path))
+
+
+def test_a_group_may_be_updated_several_times_a_step_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def objective(model: Model, batch: Batch) -> Objective:
+        for _ in range(3):
+            yield "linear", model.linear.weight.square().sum(), {}
+        if batch.step % 2:
+            yield "conv", model.conv.weight.square().sum(), {}
+
+    monkeypatch.setattr(toy, "objective", objective)
+    go(tmp_path, toy_run(steps=4))
+    state = tensors(tmp_path)
+    assert [int(state[f"{name}.0.step"]) for name in ("linear", "conv")] == [12, 2]
+
+
+# ----------------------------------------------------------------------------------------------------------- divergence
+
+
+def nan_loss(model: Model, batch: Batch) -> Objective:
+    for name, loss, metrics in toy.two_losses(model, batch):
+        yield name, loss * float("nan") if batch.step == 12 and name == "linear" else loss, metrics
+
+
+def infinite_gradient(model: Model, batch: Batch) -> Objective:
+    """A finite loss, √0, whose gradient is not."""
+    for name, loss, metrics in toy.two_losses(model, batch):
+        yield name, loss + (loss - loss.detach()).sqrt() if batch.step == 12 and name == "conv" else loss, metrics
+
+
+@pytest.mark.parametrize("sick", [nan_loss, infinite_gradient])
+@pytest.mark.parametrize("checkpoint_every", [1, 5, 10])
+def test_divergence_stops_the_run_and_keeps_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sick: Callable[[Model, Batch], Objective], checkpoint_every: int
+) -> None:
+    run = toy_run(checkpoint_every=checkpoint_every)
+    straight = go(tmp_path / "straight", run)
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "objective", sick)
+        with pytest.raises(Diverged, match="toy: loss or gradient no longer finite at step"):
+            go(tmp_path / "sick", run)
+    good = json.loads((tmp_path / "sick" / "resume" / "state.json").read_text())["step"]
+    assert good == 12 // checkpoint_every * checkpoint_every
+    assert all(tensor.isfinite().all() for tensor in tensors(tmp_path / "sick").values() if tensor.is_floating_point())
+    assert_same(go(tmp_path / "sick", run).state_dict(), straight.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------ several devices
+
+
+def script(out: Path, devices: int, steps: int = 12, noise: float = 0.0) -> subprocess.Popen[str]:
+    """The toy's run in processes of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out.mkdir(parents=True, exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, toy.__file__, str(out), str(devices), str(steps), str(noise)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+    return printed
+
+
+@pytest.mark.slow
+def test_two_devices_take_the_steps_of_one_with_the_whole_batch(tmp_path: Path) -> None:
+    """Without noise, the mean of the shares' gradients is the gradient of the batch."""
+    processes = [script(tmp_path / str(devices), devices) for devices in (1, 2)]
+    for process in processes:
+        finished(process)
+    one = load_file(tmp_path / "1" / "device-0.safetensors")
+    first, second = (load_file(tmp_path / "2" / f"device-{i}.safetensors") for i in (0, 1))
+    assert_same(first, second)
+    assert one.keys() == first.keys()
+    for name, tensor in one.items():
+        assert (tensor - first[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_two_killed_devices_with_noise_of_their_own_resume_bit_for_bit(tmp_path: Path) -> None:
+    steps, noise = 60, 0.3
+    straight, killed = (script(tmp_path / name, 2, steps, noise) for name in ("straight", "killed"))
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "killed" / "resume").exists():
+            assert time.monotonic() < deadline
+            assert killed.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+    finally:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.communicate()
+    at = json.loads((tmp_path / "killed" / "resume" / "state.json").read_text())["step"]
+    assert 0 < at < steps
+    finished(straight)
+    finished(script(tmp_path / "killed", 2, steps, noise))
+    states = [load_file(tmp_path / name / f"device-{i}.safetensors") for name in ("straight", "killed") for i in (0, 1)]
+    for state in states[1:]:
+        assert_same(state, states[0])
+    assert states[0]["model.chain"].abs().min() > 0
+    random = [load_file(tmp_path / "straight" / "resume" / f"random-{i}.safetensors")["cpu"] for i in (0, 1)]
+    assert not torch.equal(random[0], random[1]), "each device has noise of its own"
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fabric, "world_size", 3)
+    with pytest.raises(RunError, match="batch_size: 8 images cannot be shared evenly by 3 devices"):
+        go(tmp_path, toy_run())

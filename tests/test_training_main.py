@@ -1,0 +1,167 @@
+"""The command line of training, and the recipes that it offers."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toy_training as toy
+
+import models
+import training.__main__ as command
+from models import _checkpoint
+from models._protocol import Batch, ImageSpace
+from training import data
+from training.recipes import recipes
+
+ROOT = Path(command.__file__).parents[1]
+SPACES = {
+    "digits": ImageSpace(8, 8, 1, labels=tuple("0123456789")),
+    "mnist": ImageSpace(28, 28, 1, labels=tuple("0123456789")),
+    "fashion-mnist": ImageSpace(28, 28, 1, labels=data._GARMENTS),
+    "shapes": ImageSpace(32, 32, 3, captions=True),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+
+def test_there_are_recipes_named_after_data_set_and_family() -> None:
+    assert recipes()
+    for name, make in recipes().items():
+        run = make()
+        assert name.startswith(run.data)
+        assert inspect.getdoc(make), f"{name} says what it is"
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_fits_its_family_and_its_data(name: str) -> None:
+    run = recipes()[name]()
+    family = models.family(run.family)
+    assert isinstance(run.config, family.Config)
+    model = family.Model(run.config, SPACES[run.data])
+    assert model.groups().keys() == run.optimisers.keys()
+    listed = [id(p) for group in model.groups().values() for p in group]
+    assert len(listed) == len(set(listed)), "no parameter has two optimisers"
+    assert json.loads(json.dumps(run.to_json())) == json.loads(json.dumps(run.to_json())), "a recipe is JSON"
+    assert run.warmup < max(run.steps, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "family", lambda name: toy)
+    monkeypatch.setattr(
+        command, "recipes", lambda: {"toy": toy.toy_run, "toy-bf16": lambda: toy.toy_run(precision="bf16")}
+    )
+    monkeypatch.setattr(data, "load", lambda name, folder: toy.dataset(name))
+
+
+def test_list_names_every_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert command.main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in recipes())
+
+
+@pytest.mark.usefixtures("_toys")
+@pytest.mark.parametrize("recipe", ["toy", "toy-bf16"])
+def test_run_trains_exports_and_says_where(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["run", recipe, "--steps", "12", "--accelerator", "cpu"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("toy 10/12  loss/linear ")
+    assert printed[-1] == f"checkpoint in runs/{recipe}; measure it with: python -m training evaluate runs/{recipe}"
+    model = _checkpoint.load(tmp_path / "runs" / recipe)
+    assert model.seen == 12
+    about = _checkpoint.read_about(tmp_path / "runs" / recipe)
+    assert about["data"] == {"name": "toy", "sha256": "of toys", "splits": {"train": toy.SIZE}}
+    assert about["recipe"] == {"name": recipe, **json.loads(json.dumps(recipes_of(recipe)))}
+    assert about["metrics"] == {}
+    assert list((tmp_path / "runs" / recipe / "events").iterdir())
+
+
+def recipes_of(recipe: str) -> object:
+    return toy.toy_run(steps=12, precision="bf16" if recipe.endswith("bf16") else "fp32").to_json()
+
+
+@pytest.mark.usefixtures("_toys")
+def test_another_runs_folder_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "toy", "--out", str(tmp_path / "[bold]out[/x]"), "--accelerator", "cpu"]
+    assert command.main([*arguments, "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert command.main([*arguments, "--steps", "3"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error == (
+        f"{tmp_path}/[bold]out[/x]/resume: the state of another run (steps differ); remove it or choose another --out\n"
+    )
+
+
+def test_an_unknown_recipe_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["run", "fashion-mnist-ddmp"]) == 2
+    assert capsys.readouterr().err == (
+        f"recipe: no recipe 'fashion-mnist-ddmp'; there are {', '.join(sorted(recipes()))}\n"
+    )
+
+
+def test_a_data_folder_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = tmp_path / "nowhere"
+    name = next(name for name, make in recipes().items() if make().data == "fashion-mnist")
+    assert command.main(["run", name, "--data-dir", str(nowhere), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{nowhere}: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_toys")
+def test_divergence_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sick(model: toy.Model, batch: Batch) -> object:
+        yield "linear", model.linear.weight.sum() * float("nan"), {}
+
+    monkeypatch.setattr(toy, "objective", sick)
+    assert command.main(["run", "toy", "--out", str(tmp_path), "--accelerator", "cpu"]) == 2
+    assert capsys.readouterr().err == "toy: loss or gradient no longer finite at step 10 of 20\n"
+    assert not (tmp_path / "model.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["run"], ["run", "x", "--accelerator", "abacus"]])
+def test_arguments_that_make_no_sense_exit_with_status_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(arguments)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.slow
+def test_the_module_trains_a_real_recipe_on_two_processes(tmp_path: Path) -> None:
+    """As a user starts it. Both processes run the whole command, the second started by the first."""
+    name = next(name for name in sorted(recipes()) if name.startswith("digits"))
+    options = ["--steps", "2", "--accelerator", "cpu", "--devices", "2", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "run", name, *options, "--out", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("checkpoint in") == 1
+    assert {path.name for path in (tmp_path / "resume").glob("random-*")} == {
+        "random-0.safetensors",
+        "random-1.safetensors",
+    }
+    assert _checkpoint.load(tmp_path).spec.image == SPACES["digits"]
