@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ LABELLED = ImageSpace(width=8, height=8, channels=1, labels=("a", "b", "c"))
 
 # Family -> a configuration that runs in milliseconds, and the images it is for.
 TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
-    "ddpm": ({"channels": 8, "multipliers": (1, 2), "bound_steps": 5}, LABELLED),
+    "ddpm": ({"channels": 16, "multipliers": (1, 2), "bound_steps": 5}, LABELLED),
     "gan": (
         {"latent": 4, "embedding": 4, "generator_channels": (8, 8), "critic_channels": (8, 8), "blocks": (0, 1)},
         LABELLED,
@@ -106,6 +108,19 @@ def test_every_family_found_has_a_tiny_configuration() -> None:
 
 
 @families
+def test_a_family_knows_torch_and_what_families_share_and_nothing_else(name: str) -> None:
+    tree = ast.parse(Path(models.family(name).__file__ or "").read_text(encoding="utf-8"))
+    known = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            known |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            known |= {f"{node.module}.{alias.name}" for alias in node.names}
+    allowed = ("torch", "models._", *sys.stdlib_module_names)
+    assert not {module for module in known if not module.startswith(allowed)}
+
+
+@families
 def test_the_spec_is_json_and_its_schemas_are_schemas(name: str, make: Callable[[str], Model]) -> None:
     spec = make(name).spec
     assert spec.family == name
@@ -151,8 +166,8 @@ def test_a_row_takes_as_many_steps_as_asked_and_its_image_is_valid_at_each(
 @families
 @torch.inference_mode()
 def test_image_is_a_function_of_the_draw_alone(name: str, make: Callable[[str], Model]) -> None:
-    """The same bytes alone and amid others that join and leave at any step, in batches of one size: at other sizes floats
-    may differ, which is the engine's to see to.
+    """The same bytes alone and amid others that join and leave at any step, in batches of one size: at other sizes
+    floats may differ, which is the engine's to see to.
     """
     model = make(name)
     asked = draws(model, 12, seed=1)
@@ -320,7 +335,8 @@ def test_one_step_of_training_lowers_a_loss_and_reaches_every_parameter(name: st
 
 @families
 def test_the_engine_serves_it(name: str, make: Callable[[str], Model]) -> None:
-    """Through the one engine, unchanged: drawn amid others equals drawn alone; scored in a burst equals scored alone."""
+    """Through the one engine, unchanged: drawn amid others equals drawn alone; scored in a burst equals scored alone.
+    """
     model = make(name)
     spec = model.spec
     told: dict[str, list[Message]] = {}
