@@ -253,7 +253,7 @@ class Call:
         """Wait until the answer so far holds a text."""
         while text not in self.text:
             self._news.clear()
-            await asyncio.wait_for(self._news.wait(), 5)
+            await asyncio.wait_for(self._news.wait(), 30)
 
 
 def events_of(text: str) -> list[tuple[str, Any]]:

@@ -432,8 +432,8 @@ async def test_what_nobody_foresaw_is_500_without_its_insides(api: Api, caplog: 
 async def test_an_answer_that_takes_too_long_is_504_and_its_job_is_cancelled(api: Api) -> None:
     api.broker.answer = silence
     for path, body in (
-        ("/generate", {"model": "gan", "timeout": 0.05}),
-        ("/score", {"model": "diffusion", "images": [PNG], "timeout": 0.05}),
+        ("/generate", {"model": "gan", "timeout": 0.3}),
+        ("/score", {"model": "diffusion", "images": [PNG], "timeout": 0.3}),
     ):
         api.broker.jobs.clear()
         problem_of(await api.post(path, body), 504)

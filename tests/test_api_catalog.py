@@ -248,7 +248,7 @@ async def test_the_running_application_watches_its_folder(tmp_path: Path) -> Non
     async with api.app.router.lifespan_context(api.app):
         assert (await api.get("/models/new")).status_code == 404
         write_model(tmp_path, "new", GAN)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while (await api.get("/models/new")).status_code != 200:
                 await asyncio.sleep(0.01)
     assert api.app.state.services.draining
@@ -268,7 +268,7 @@ async def test_watching_goes_on_after_a_look_that_failed(
 
     monkeypatch.setattr(catalog, "refresh", refresh)
     watching = asyncio.ensure_future(catalog.watch(0.001))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while looks < 3:
             await asyncio.sleep(0.001)
     watching.cancel()

@@ -23,7 +23,7 @@ from service.messages import Completed, Failed, ImageDone, Message, Progress, Sc
 pytestmark = pytest.mark.anyio
 
 STREAM = {"Accept": "text/event-stream"}
-PNG = b64(file_of(picture(1, 0, (1, 4, 5))))
+PNG = b64(file_of(picture(1, 0, (1, 4, 30))))
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ async def test_the_events_are_exactly_those_of_the_contract(api: Api, more: Any,
         assert name == "image"
         assert image.keys() == {"sample", "b64_json"}
         assert image["sample"] == k
-        assert (pixels_of(base64.b64decode(image["b64_json"])) == picture(7, k, (1, 4, 5))).all()
+        assert (pixels_of(base64.b64decode(image["b64_json"])) == picture(7, k, (1, 4, 30))).all()
     whole = (await api.post("/generate", {"model": "diffusion", "n": 2, "seed": 7})).json()
     del whole["images"]
     assert completed == ("completed", whole | {"id": completed[1]["id"]})
 
 
 async def test_previews_come_with_progress_null_for_an_image_that_has_not_begun(api: Api) -> None:
-    shown = picture(1, 1, (1, 4, 5))
+    shown = picture(1, 1, (1, 4, 30))
     api.broker.answer = after(Event(tell(Progress(5, 20, 1.5, (None, shown)))[0].payload), *at_once_tail())
     response = await api.post("/generate", {"model": "diffusion", "n": 2, "preview_every": 5}, headers=STREAM)
     assert api.broker.task.preview_every == 5
@@ -72,7 +72,7 @@ async def test_previews_come_with_progress_null_for_an_image_that_has_not_begun(
 
 
 def at_once_tail() -> list[Event]:
-    return tell(*(ImageDone(k, picture(1, k, (1, 4, 5))) for k in range(2)), Completed(0, 0, 2))
+    return tell(*(ImageDone(k, picture(1, k, (1, 4, 30))) for k in range(2)), Completed(0, 0, 2))
 
 
 async def test_a_job_that_fails_ends_its_stream_with_the_problem(api: Api) -> None:
@@ -111,7 +111,7 @@ async def test_what_nobody_foresaw_ends_a_stream_without_its_insides(
 
 async def test_a_stream_that_takes_too_long_ends_with_504_and_its_job_is_cancelled(api: Api) -> None:
     api.broker.answer = silence
-    response = await api.post("/generate", {"model": "gan", "timeout": 0.05}, headers=STREAM)
+    response = await api.post("/generate", {"model": "gan", "timeout": 0.3}, headers=STREAM)
     (_, (name, data)) = events_of(response.text)
     assert (name, data["problem"]["status"]) == ("error", 504)
     assert api.broker.cancelled == [api.broker.job.id]
@@ -165,12 +165,12 @@ async def test_hanging_up_cancels_the_job(
 ) -> None:
     api.broker.answer = after(*tell(Started(0), Completed(0, 0, 0))[:1]) if begun else silence
     call = Call(api.app, path, body, headers)
-    await asyncio.wait_for(api.broker.changed.wait(), 5)
+    await asyncio.wait_for(api.broker.changed.wait(), 30)
     for _ in range(10):
         await asyncio.sleep(0)
     assert api.broker.cancelled == []
     call.hang_up()
-    await asyncio.wait_for(call.task, 5)
+    await asyncio.wait_for(call.task, 30)
     assert api.broker.cancelled == [api.broker.job.id]
     assert not any(m["type"] == "http.response.body" and not m.get("more_body") for m in call.sent)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
@@ -187,7 +187,7 @@ async def test_hanging_up_at_any_moment_leaves_no_job_behind(api: Api) -> None:
         for _ in range(turns):
             await asyncio.sleep(0)
         call.hang_up()
-        await asyncio.wait_for(call.task, 5)
+        await asyncio.wait_for(call.task, 30)
         assert set(api.broker.jobs) <= set(api.broker.cancelled)
         left += len(api.broker.jobs)
     assert left > 0
@@ -200,7 +200,7 @@ async def test_cancelling_the_request_itself_cancels_the_job(api: Api) -> None:
         api.broker.changed.clear()
         api.broker.answer = silence
         call = Call(api.app, "/generate", {"model": "gan"}, headers)
-        await asyncio.wait_for(api.broker.changed.wait(), 5)
+        await asyncio.wait_for(api.broker.changed.wait(), 30)
         call.task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call.task
@@ -217,10 +217,10 @@ async def test_closing_the_socket_cancels_the_job_under_a_real_server(api: Api, 
         body = json.dumps({"model": "gan"})
         head = f"POST /generate HTTP/1.1\r\nHost: api\r\nContent-Type: application/json\r\nAccept: {accept}\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        await asyncio.wait_for(api.broker.changed.wait(), 5)
+        await asyncio.wait_for(api.broker.changed.wait(), 30)
         assert api.broker.cancelled == []
         writer.close()
-        for _ in range(500):
+        for _ in range(3000):
             if api.broker.cancelled:
                 break
             await asyncio.sleep(0.01)
@@ -306,12 +306,17 @@ async def test_a_worker_that_tells_too_few_images_is_a_fault_of_ours(api: Api) -
 
 
 async def test_pausing_tells_silence_and_loses_nothing() -> None:
-    async def slow() -> AsyncIterator[int]:
-        for k in range(5):
-            await asyncio.sleep(0.03 if k == 2 else 0)
-            yield k
+    heard = asyncio.Event()
 
-    told = [item async for item in pausing(slow(), 0.01)]
-    assert [item for item in told if item is not None] == list(range(5))
-    assert told[:2] == [0, 1]
-    assert told[2] is None
+    async def slow() -> AsyncIterator[int]:
+        yield 0
+        await heard.wait()
+        yield 1
+
+    told = []
+    async for item in pausing(slow(), 0.001):
+        told.append(item)
+        if item is None:
+            heard.set()
+    assert None in told
+    assert [item for item in told if item is not None] == [0, 1]
