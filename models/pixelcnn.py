@@ -100,7 +100,7 @@ class Network(nn.Module):
     Each kernel is kept apart by what it looks at, since sampling takes some of its taps long before the others.
     """
 
-    depth: Tensor
+    dilation: Tensor
     ring: Tensor
     behind: Tensor
     first_level: Tensor
@@ -132,8 +132,8 @@ class Network(nn.Module):
         # Where things lie in `PixelRows`: the rings of each layer, and the features a dilation to the left of a column.
         dilations = torch.tensor(config.dilations)
         constants = {
-            "depth": dilations,
-            "ring": dilations.cumsum(0) - dilations,
+            "dilation": dilations,
+            "ring": (dilations + 1).cumsum(0) - (dilations + 1),
             "behind": torch.arange(n) - n * dilations,
             "first_level": torch.arange(space.channels) * config.levels,
         }
@@ -141,8 +141,8 @@ class Network(nn.Module):
             self.register_buffer(name, constant, persistent=False)
 
     def embed(self, levels: Tensor) -> Tensor:
-        """Levels (..., C) -> (..., C·E)."""
-        return F.embedding(levels + self.first_level, self.table).flatten(-2)
+        """Levels (..., C) -> (..., C·E); of a pixel's first channels alone as well."""
+        return F.embedding(levels + self.first_level[: levels.shape[-1]], self.table).flatten(-2)
 
     def by_label(self, labels: Tensor) -> Tensor:
         """(B, 2F): what labels (B,) add to the inputs of the vertical and of the horizontal stack."""
@@ -212,7 +212,9 @@ class PixelRows(Rows):
     uniforms: Tensor  # (B, H·W, C) float64: all the randomness of the image
     levels: Tensor  # (B, H·W, C)
     # of the image rows above
-    above: Tensor  # (B, Σ d_l, W, F): vertical features; in layer l's ring those of image row i are at i mod d_l
+    # (B, Σ (d_l + 1), W, F): vertical features; in layer l's ring those of image row i are at i mod (d_l + 1), so that a
+    # row never writes where it reads, and a tick can be taken again
+    above: Tensor
     # of the image row that is being drawn, by column, after a margin of M columns of zeros
     told: Tensor  # (B, M + W, F + L·2F): from above, to the horizontal stack's input and to its gates
     pixels: Tensor  # (B, M + W, C·E): embedded
@@ -301,7 +303,7 @@ class Model(_protocol.Model, OnePassDensity):
             temperature=temperature[:, None],
             uniforms=_random.uniform(seed, sample, 0, 0, (h * w, c)).double().contiguous(),
             levels=torch.zeros(b, h * w, c, dtype=torch.int64, device=device),
-            above=torch.zeros(b, sum(self.config.dilations), w, f, device=device),
+            above=torch.zeros(b, sum(self.config.dilations) + n, w, f, device=device),
             told=torch.zeros(b, columns, f + n * 2 * f, device=device),
             pixels=torch.zeros(b, columns, c * self.config.embedding, device=device),
             past=torch.zeros(b, columns, n * f, device=device),
@@ -310,46 +312,58 @@ class Model(_protocol.Model, OnePassDensity):
     def step(self, rows: PixelRows) -> PixelRows:
         """Draw the next pixel of every image, wherever it is."""
         net, f, n = self.network, self.config.features, len(self.config.dilations)
+        width, margin = self.spec.image.width, self._margin
         b, columns, e = rows.pixels.shape
-        column = rows.tick % (columns - self._margin)
-        first = (column == 0).nonzero().flatten()
-        if len(first) > 0:
-            self._begin_row(rows, first)
+        ticks = rows.tick.tolist()
+        first = [chain for chain, tick in enumerate(ticks) if tick % width == 0]
+        if first:
+            self._begin_row(rows, torch.tensor(first, device=rows.tick.device))
 
-        device = column.device
-        at = column + torch.arange(self._margin, b * columns, columns, device=device)  # in caches without their dim 0
-        told = rows.told.view(b * columns, -1).index_select(0, at)
-        nearest = (at[:, None] + torch.arange(-REACH, 0, device=device)).flatten()
-        pixels = rows.pixels.view(b * columns, e)
-        h = torch.addmm(told[:, :f], pixels.index_select(0, nearest).view(b, REACH * e), net.look_left.mT)  # (B, F)
+        together = ticks.count(ticks[0]) == b  # as after a request for several images: then a slice does for a gather
+        if together:
+            at = margin + ticks[0] % width
+            told = rows.told[:, at]
+            nearest = rows.pixels[:, at - REACH : at]
+            behind = rows.past.view(b, columns * n, f).index_select(1, net.behind + at * n)
+            uniforms = rows.uniforms[:, ticks[0]]
+        else:
+            chain = torch.arange(b, device=rows.tick.device)
+            here = chain * columns + margin + rows.tick % width  # in the caches, their dims 0 and 1 taken as one
+            pixel = chain * rows.levels.shape[1] + rows.tick
+            told = rows.told.view(b * columns, -1).index_select(0, here)
+            near = here[:, None] + torch.arange(-REACH, 0, device=here.device)
+            nearest = rows.pixels.view(-1, e).index_select(0, near.flatten())
+            behind = rows.past.view(-1, f).index_select(0, (here[:, None] * n + net.behind).flatten())
+            uniforms = rows.uniforms.view(-1, rows.uniforms.shape[2]).index_select(0, pixel)
 
-        behind = rows.past.view(-1, f).index_select(0, (at[:, None] * n + net.behind).flatten()).view(b, n, f)
-        gates = torch.baddbmm(told[:, f:].view(b, n, 2 * f).transpose(0, 1), behind.transpose(0, 1), net.past.mT)
+        h = torch.addmm(told[:, :f], nearest.reshape(b, REACH * e), net.look_left.mT)  # (B, F)
+        above, past = told[:, f:].view(b, n, 2 * f).transpose(0, 1), behind.view(b, n, f).transpose(0, 1)
         entered = []
+        gates = torch.baddbmm(above, past, net.past.mT)  # (L, B, 2F)
         for u, now, out in zip(gates.unbind(), net.now.mT.unbind(), net.out.mT.unbind(), strict=True):
             entered.append(h)
             h = torch.addmm(h, F.glu(torch.addmm(u, h, now), dim=1), out)
-        rows.past.view(b * columns, -1).index_copy_(0, at, torch.cat(entered, dim=1))
+        levels, embedded = self._draw_pixel(h, uniforms, rows.temperature)
 
-        pixel = torch.arange(0, b * rows.levels.shape[1], rows.levels.shape[1], device=device) + rows.tick
-        levels, embedded = self._draw_pixel(
-            rows, h, rows.uniforms.view(-1, rows.uniforms.shape[2]).index_select(0, pixel)
-        )
-        rows.levels.view(-1, levels.shape[1]).index_copy_(0, pixel, levels)
-        pixels.index_copy_(0, at, embedded)
+        if together:
+            rows.past[:, at] = torch.cat(entered, dim=1)
+            rows.pixels[:, at] = embedded
+            rows.levels[:, ticks[0]] = levels
+        else:
+            rows.past.view(b * columns, -1).index_copy_(0, here, torch.cat(entered, dim=1))
+            rows.pixels.view(-1, e).index_copy_(0, here, embedded)
+            rows.levels.view(-1, levels.shape[1]).index_copy_(0, pixel, levels)
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
 
-    def _draw_pixel(self, rows: PixelRows, h: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def _draw_pixel(self, h: Tensor, uniforms: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """Channel by channel, from features h (B, F): levels (B, C) and what stands for them (B, C·E)."""
         net = self.network
-        levels, embedded = [], h[:, :0]
-        for c, uniform in enumerate(uniforms.unbind(dim=1)):
-            level = draw(net.logits(c, h, embedded), uniform, rows.temperature)
-            one = F.embedding(level + c * self.config.levels, net.table)
-            embedded = torch.cat([embedded, one], dim=1) if c else one
-            levels.append(level)
-        return torch.stack(levels, dim=1), embedded
+        levels = draw(net.logits(0, h, h), uniforms[:, :1], temperature)
+        for c in range(1, uniforms.shape[1]):
+            level = draw(net.logits(c, h, net.embed(levels)), uniforms[:, c : c + 1], temperature)
+            levels = torch.cat([levels, level], dim=1)
+        return levels, net.embed(levels)
 
     def _begin_row(self, rows: PixelRows, at: Tensor) -> None:
         """The vertical stack over an image row, for the chains `at`, which are about to draw its first pixel."""
@@ -365,8 +379,8 @@ class Model(_protocol.Model, OnePassDensity):
             F.linear(_windows(seen.transpose(1, 2).flatten(2), 2 * REACH + 1, 1), net.look_up) + base[..., :f]
         )  # (b, W, F)
 
-        place = at[:, None], net.ring + i[:, None] % net.depth
-        upper = rows.above[place].unbind(dim=1)
+        place = at[:, None], net.ring + i[:, None] % (net.dilation + 1)
+        upper = rows.above[at[:, None], net.ring + (i[:, None] - net.dilation) % (net.dilation + 1)].unbind(dim=1)
         seen = torch.stack([_windows(row, 3, d).flatten(0, 1) for row, d in zip(upper, net.dilations, strict=True)])
         gates = torch.baddbmm(net.vertical_bias[:, None], seen, net.up.mT)  # (L, b·W, 2F)
         entered, found = [], []
@@ -420,14 +434,14 @@ class Model(_protocol.Model, OnePassDensity):
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: Tensor) -> Tensor:
-    """Levels (B,) from the softmax of logits (B, levels) / temperature (B, 1), both taken to float64: quantiles.
+    """Levels (B, K) from the softmax of logits (B, levels) / temperature (B, 1): the quantiles at uniforms (B, K).
 
-    uniforms (B,) are float32's midpoints on (0, 1). In float64 the distribution function is monotone and ends above any
+    uniforms and temperature are float64, uniforms float32's midpoints on (0, 1). In float64 the distribution function is monotone and ends above any
     of them: the level is always in range and possible. Logits that differ in their last bits, as float32 products of
     other batch sizes may, give another level only where a uniform falls between the two values of the function.
     """
-    cumulative = (logits / temperature).softmax(dim=1).cumsum(dim=1).contiguous()
-    return torch.searchsorted(cumulative, uniforms[:, None].contiguous(), right=True)[:, 0]
+    cumulative = (logits / temperature).softmax(dim=1).cumsum(dim=1)
+    return torch.searchsorted(cumulative.contiguous(), uniforms.contiguous(), right=True)
 
 
 def _tiles(terms: Tensor, size: int) -> Tensor:
