@@ -438,9 +438,9 @@ def test_learns_two_clusters_of_tiny_images(objective: str) -> None:
     )
     m = model(config, space)
     groups = m.groups()
-    optimisers = {name: torch.optim.Adam(p, lr=2e-3, betas=(0.0, 0.99)) for name, p in groups.items()}
-    average = torch.optim.swa_utils.AveragedModel(m, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
-    for step in range(800):
+    optimisers = {name: torch.optim.Adam(p, lr=5e-3, betas=(0.0, 0.99)) for name, p in groups.items()}
+    average = torch.optim.swa_utils.AveragedModel(m, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.98))
+    for step in range(300):
         labels = torch.randint(0, 2, (64,))
         x = centres[labels] + 0.1 * torch.randn(64, 1) * torch.tensor([1.0, 1.0, -1.0, -1.0])
         for group, loss, _metrics in m.objective(Batch(x.clamp(0, 1).view(-1, 1, 2, 2), labels, step=step)):
@@ -451,6 +451,6 @@ def test_learns_two_clusters_of_tiny_images(objective: str) -> None:
     m = average.module.eval()
     for label in (0, 1):
         images = draw(m, *(Draw(seed=9, sample=i, steps=1, label=label) for i in range(500))).view(500, 4)
-        torch.testing.assert_close(images.mean(dim=0), centres[label], rtol=0, atol=0.06)
+        torch.testing.assert_close(images.mean(dim=0), centres[label], rtol=0, atol=0.05)
         spread = (images - images.mean(dim=0)) @ torch.tensor([0.25, 0.25, -0.25, -0.25])
-        assert 0.05 < spread.std() < 0.16  # 0.1 in the data: neither collapsed nor scattered
+        assert 0.04 < spread.std() < 0.16  # 0.1 in the data: neither collapsed nor scattered
