@@ -211,9 +211,8 @@ class PixelRows(Rows):
     temperature: Tensor  # (B, 1) float64
     uniforms: Tensor  # (B, H·W, C) float64: all the randomness of the image
     levels: Tensor  # (B, H·W, C)
-    # of the image rows above
-    # (B, Σ (d_l + 1), W, F): vertical features; in layer l's ring those of image row i are at i mod (d_l + 1), so that a
-    # row never writes where it reads, and a tick can be taken again
+    # of the image rows above: vertical features, (B, Σ (d_l + 1), W, F). In layer l's ring those of image row i are at
+    # i mod (d_l + 1), so that no row writes where it reads, and a tick can be taken again
     above: Tensor
     # of the image row that is being drawn, by column, after a margin of M columns of zeros
     told: Tensor  # (B, M + W, F + L·2F): from above, to the horizontal stack's input and to its gates
@@ -342,7 +341,7 @@ class Model(_protocol.Model, OnePassDensity):
         gates = torch.baddbmm(above, past, net.past.mT)  # (L, B, 2F)
         for u, now, out in zip(gates.unbind(), net.now.mT.unbind(), net.out.mT.unbind(), strict=True):
             entered.append(h)
-            h = torch.addmm(h, F.glu(torch.addmm(u, h, now), dim=1), out)
+            h = torch.addmm(h, F.glu(u.addmm_(h, now), dim=1), out)
         levels, embedded = self._draw_pixel(h, uniforms, rows.temperature)
 
         if together:
@@ -375,12 +374,11 @@ class Model(_protocol.Model, OnePassDensity):
         near = i[:, None] + torch.arange(-REACH, 0, device=i.device)  # image rows that the stack's input sees
         levels = rows.levels.view(len(rows.tick), height, width, -1)[at[:, None], near.clamp(min=0)]
         seen = net.embed(levels) * (near >= 0)[:, :, None, None]  # (b, REACH, W, C·E)
-        v = (
-            F.linear(_windows(seen.transpose(1, 2).flatten(2), 2 * REACH + 1, 1), net.look_up) + base[..., :f]
-        )  # (b, W, F)
+        seen = _windows(seen.transpose(1, 2).flatten(2), 2 * REACH + 1, 1)
+        v = F.linear(seen, net.look_up) + base[..., :f]  # (b, W, F)
 
-        place = at[:, None], net.ring + i[:, None] % (net.dilation + 1)
-        upper = rows.above[at[:, None], net.ring + (i[:, None] - net.dilation) % (net.dilation + 1)].unbind(dim=1)
+        before, place = ((i[:, None] - d) % (net.dilation + 1) + net.ring for d in (net.dilation, 0))  # (b, L)
+        upper = rows.above[at[:, None], before].unbind(dim=1)
         seen = torch.stack([_windows(row, 3, d).flatten(0, 1) for row, d in zip(upper, net.dilations, strict=True)])
         gates = torch.baddbmm(net.vertical_bias[:, None], seen, net.up.mT)  # (L, b·W, 2F)
         entered, found = [], []
@@ -388,7 +386,7 @@ class Model(_protocol.Model, OnePassDensity):
             entered.append(v)
             v = v + F.glu(torch.addmm(u, _windows(v, 3, d).flatten(0, 1), across), dim=1).view(b, width, f)
             found.append(v)
-        rows.above[place] = torch.stack(entered, dim=1)
+        rows.above[at[:, None], place] = torch.stack(entered, dim=1)
 
         gates = torch.baddbmm(net.horizontal_bias[:, None], torch.stack(found).flatten(1, 2), net.down.mT)
         told = torch.cat([base[..., f:], gates.transpose(0, 1).reshape(b, width, n * 2 * f)], dim=2)
@@ -436,9 +434,10 @@ class Model(_protocol.Model, OnePassDensity):
 def draw(logits: Tensor, uniforms: Tensor, temperature: Tensor) -> Tensor:
     """Levels (B, K) from the softmax of logits (B, levels) / temperature (B, 1): the quantiles at uniforms (B, K).
 
-    uniforms and temperature are float64, uniforms float32's midpoints on (0, 1). In float64 the distribution function is monotone and ends above any
-    of them: the level is always in range and possible. Logits that differ in their last bits, as float32 products of
-    other batch sizes may, give another level only where a uniform falls between the two values of the function.
+    Uniforms and temperature are float64, the uniforms midpoints on (0, 1) of float32's steps. In float64 the
+    distribution function is monotone and ends above any of them: the level is always in range and possible. Logits that
+    differ in their last bits, as float32 products of other batch sizes may, give another level only where a uniform
+    falls between the two values of the function.
     """
     cumulative = (logits / temperature).softmax(dim=1).cumsum(dim=1)
     return torch.searchsorted(cumulative.contiguous(), uniforms.contiguous(), right=True)
