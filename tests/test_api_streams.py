@@ -23,7 +23,7 @@ from service.messages import Completed, Failed, ImageDone, Message, Progress, Sc
 pytestmark = pytest.mark.anyio
 
 STREAM = {"Accept": "text/event-stream"}
-PNG = b64(file_of(picture(1, 0, (1, 4, 30))))
+PNG = b64(file_of(picture(1, 0, (1, 4, 5))))
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ async def test_the_events_are_exactly_those_of_the_contract(api: Api, more: Any,
         assert name == "image"
         assert image.keys() == {"sample", "b64_json"}
         assert image["sample"] == k
-        assert (pixels_of(base64.b64decode(image["b64_json"])) == picture(7, k, (1, 4, 30))).all()
+        assert (pixels_of(base64.b64decode(image["b64_json"])) == picture(7, k, (1, 4, 5))).all()
     whole = (await api.post("/generate", {"model": "diffusion", "n": 2, "seed": 7})).json()
     del whole["images"]
     assert completed == ("completed", whole | {"id": completed[1]["id"]})
 
 
 async def test_previews_come_with_progress_null_for_an_image_that_has_not_begun(api: Api) -> None:
-    shown = picture(1, 1, (1, 4, 30))
+    shown = picture(1, 1, (1, 4, 5))
     api.broker.answer = after(Event(tell(Progress(5, 20, 1.5, (None, shown)))[0].payload), *at_once_tail())
     response = await api.post("/generate", {"model": "diffusion", "n": 2, "preview_every": 5}, headers=STREAM)
     assert api.broker.task.preview_every == 5
@@ -72,7 +72,7 @@ async def test_previews_come_with_progress_null_for_an_image_that_has_not_begun(
 
 
 def at_once_tail() -> list[Event]:
-    return tell(*(ImageDone(k, picture(1, k, (1, 4, 30))) for k in range(2)), Completed(0, 0, 2))
+    return tell(*(ImageDone(k, picture(1, k, (1, 4, 5))) for k in range(2)), Completed(0, 0, 2))
 
 
 async def test_a_job_that_fails_ends_its_stream_with_the_problem(api: Api) -> None:
