@@ -43,7 +43,12 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     config = uvicorn.Config(
-        app="", host=settings.host, port=settings.port, log_level=settings.log_level.lower(), log_config=None
+        app="",
+        host=settings.host,
+        port=settings.port,
+        log_level=settings.log_level.lower(),
+        log_config=None,
+        timeout_graceful_shutdown=10,  # seconds that open answers get to end; after that they are cut
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         return runner.run(_serve(settings, devices, config))

@@ -30,6 +30,7 @@ class Job:
     priority: Priority = "interactive"
     timeout: float | None = None  # seconds from submission; after that nobody waits for the answer
     attempt: int = 1  # how many workers it has been given to
+    queued_seconds: float = 0.0  # how long it waited for this worker
 
 
 @dataclass(frozen=True)

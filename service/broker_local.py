@@ -38,6 +38,7 @@ class _Record:
     """A job and what was told of it."""
 
     job: Job
+    submitted: float  # on the broker's clock
     worker: str | None = None  # who has it; None while it is queued
     events: list[Event] = field(default_factory=list)
     ended: bool = False
@@ -87,7 +88,7 @@ class LocalBroker(Broker):
             raise NoWorker("no worker is ready")
         if self._units and self._units + job.units > self._limit:
             raise QueueFull(self._retry_after(job.units), self._units, self._limit)
-        self._records[job.id] = _Record(job)
+        self._records[job.id] = _Record(job, self._clock())
         self._units += job.units
         self._queues[job.priority].append(job.id)
         self._dispatch()
@@ -178,7 +179,8 @@ class LocalBroker(Broker):
                 queue.remove(job_id)
                 record.worker, link.wanted = name, ()
                 link.jobs[job_id] = None
-                _send(link.writer, "job", dataclasses.asdict(record.job))
+                waited = self._clock() - record.submitted
+                _send(link.writer, "job", dataclasses.asdict(dataclasses.replace(record.job, queued_seconds=waited)))
 
     def _give_back(self, name: str, link: _Link) -> None:
         """A worker is gone: queue its jobs again, in their order, ahead of the others."""

@@ -97,7 +97,7 @@ class Engine:
         self._retire()
 
     def _warmed(self, program: _Program) -> _Lane:
-        """A lane for the program, whose batches are filled up to sizes for which a row's floats were seen to be the same."""
+        """A lane for the program, which fills batches up to sizes for which a row's floats were seen to be the same."""
         few, top = _rows.ROW_MULTIPLE, max(_rows.ROW_MULTIPLE, self._max_rows)
         rows = program.warm(top)
         expected = program.step(_rows.take(rows, range(top)))
@@ -105,7 +105,9 @@ class Engine:
             seen = program.step(_rows.take(rows, range(size)))
             if not _rows.equal(_rows.take(seen, range(few)), _rows.take(expected, range(few))):
                 canonical = top if self._device.type == "cuda" else min(top, CANONICAL_ROWS)
-                log.info("%s %s: floats depend on the batch size; every batch has %d rows", program.name, size, canonical)
+                log.info(
+                    "%s %s: floats depend on the batch size; every batch has %d rows", program.name, size, canonical
+                )
                 return _Lane(program, multiple=canonical, max_rows=canonical)
         return _Lane(program, multiple=few, max_rows=self._max_rows)
 
@@ -133,6 +135,7 @@ class Engine:
         task: Generate | ScoreImages,
         priority: str = "interactive",
         timeout: float | None = None,
+        queued_seconds: float = 0.0,
     ) -> None:
         """A new job. One for a model that is not here is answered `Failed`. Raises `ValueError` for a job that is there
         already, and for images of another shape than the model's.
@@ -146,12 +149,12 @@ class Engine:
         if lane not in self._lanes:
             self._emit(job_id, Failed("unknown-model", f"model: {model_id} has no likelihood"), True)
             return
-        now = self._clock()
+        submitted = self._clock() - queued_seconds
         rows = task.n if isinstance(task, Generate) else len(task.images)
-        expires = None if timeout is None else now + timeout
+        expires = None if timeout is None else submitted + timeout
         ticket = Ticket(job_id, lane, rows, "batch" if priority == "batch" else "interactive", expires)
-        job = _Job(lane, rows, now, self._lanes[lane].program.rows_of(task))
-        self._scheduler.submit(ticket, now)
+        job = _Job(lane, rows, submitted, self._lanes[lane].program.rows_of(task))
+        self._scheduler.submit(ticket, submitted)
         self._jobs[job_id] = job
 
     def cancel(self, job_id: str) -> None:
@@ -209,7 +212,7 @@ class Engine:
             job = self._jobs[row.job]
             if job.began is None:
                 job.began = now
-                self._emit(row.job, Started(now - job.arrived), False)
+                self._emit(row.job, Started(now - job.submitted), False)
         try:
             fresh: list[tuple[list[Row], Rows]] = [
                 (list(joining), lane.program.init([self._jobs[r.job].rows[r.item] for r in joining]))
@@ -291,7 +294,7 @@ class Engine:
             job.compute_seconds += seconds
             job.finished += sum(row.job == job_id for row in finished)
             if job.finished == job.total:
-                queue = (job.began or now) - job.arrived
+                queue = (job.began or now) - job.submitted
                 self._end(job_id, Completed(queue, job.compute_seconds, job.network_evaluations))
             else:
                 self._progress(job_id, job, lane, now)
@@ -492,7 +495,7 @@ class _Lane:
 class _Job:
     lane: str
     total: int
-    arrived: float
+    submitted: float
     rows: list[_DrawRow] | list[_ScoreRow]
     began: float | None = None
     finished: int = 0

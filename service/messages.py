@@ -43,7 +43,7 @@ class ScoreImages:
 class Started:
     """The job's first row runs."""
 
-    queue_seconds: float  # from the job's arrival at the worker to its first step
+    queue_seconds: float  # from the job's submission to its first step
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class _Waiting:
 
 
 class Scheduler:
-    """Decides; keeps account of rows. `max_rows` is how many rows of a lane may step together, unless it has its own."""
+    """Decides; keeps account of rows. `max_rows` of a lane may step together, where it has no number of its own."""
 
     def __init__(self, max_rows: int = 64) -> None:
         if max_rows < 1:

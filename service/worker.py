@@ -156,7 +156,7 @@ class Worker:
             task = unpack(job.payload)
             if not isinstance(task, Generate | ScoreImages):
                 raise ValueError(f"a {type(task).__name__} is no task")
-            self._engine.submit(job.id, job.model, task, job.priority, job.timeout)
+            self._engine.submit(job.id, job.model, task, job.priority, job.timeout, job.queued_seconds)
         except ValueError as e:  # a job is input: whatever is wrong with it concerns it alone
             self._emit(job.id, Failed("internal", str(e)), True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -71,7 +72,7 @@ async def test_a_job_is_claimed_and_its_events_come_back_in_order() -> None:
     async with workers(broker, "w") as [w]:
         await broker.submit(job("a", payload=b"\x00\xff", timeout=3.5))
         taken = await claim(w)
-        assert taken == job("a", payload=b"\x00\xff", timeout=3.5)
+        assert dataclasses.replace(taken, queued_seconds=0.0) == job("a", payload=b"\x00\xff", timeout=3.5)
         await w.claims.publish("a", [Event(b"1"), Event(b"2")])
         await w.claims.publish("a", [Event(b"3", final=True)])
         assert await told(broker, "a") == [b"1", b"2", b"3"]
@@ -106,13 +107,18 @@ async def test_a_newer_claim_replaces_the_standing_one() -> None:
 
 
 async def test_interactive_jobs_go_first_and_positions_say_so() -> None:
-    broker = LocalBroker(100)
+    now = [0.0]
+    broker = LocalBroker(100, clock=lambda: now[0])
     async with workers(broker, "w") as [w]:
         await broker.submit(job("slow", priority="batch"))
+        now[0] = 2.0
         await broker.submit(job("a"))
         await broker.submit(job("b"))
         assert [await broker.position(name) for name in ("a", "b", "slow")] == [0, 1, 2]
-        assert [(await claim(w)).id for _ in range(3)] == ["a", "b", "slow"]
+        now[0] = 5.0
+        taken = [await claim(w) for _ in range(3)]
+        assert [t.id for t in taken] == ["a", "b", "slow"]
+        assert [t.queued_seconds for t in taken] == [3.0, 3.0, 5.0]
 
 
 async def test_jobs_of_a_dead_worker_are_done_by_another_in_their_order() -> None:

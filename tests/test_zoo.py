@@ -1,0 +1,93 @@
+"""What ships: every checkpoint of zoo/ is whole, small, made by a committed recipe, and measures what its card says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import _checkpoint
+from models._protocol import Density, Draw, bits_per_dim
+from training.data import Dataset
+from training.recipes import recipes
+
+ZOO = Path(__file__).parents[1] / "zoo"
+FIVE = ("ddpm", "gan", "pixelcnn", "realnvp", "vae")
+checkpoints = pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in ZOO.glob("*/model.json")), ids=lambda p: p.name
+)
+
+# What the cards promise on Fashion-MNIST's 10,000 test images, in bits/dim.
+PROMISED = {"fashion-mnist-pixelcnn": 2.85, "fashion-mnist-realnvp": 3.25, "fashion-mnist-vae": 3.6}
+
+
+def test_the_first_five_are_there_and_the_zoo_is_small() -> None:
+    assert {f"fashion-mnist-{name}" for name in FIVE} <= {p.name for p in ZOO.iterdir()}
+    assert sum(p.stat().st_size for p in ZOO.rglob("*") if p.is_file()) < 40e6
+
+
+@checkpoints
+def test_every_file_is_what_model_json_says(folder: Path) -> None:
+    about = _checkpoint.read_about(folder)
+    assert {"weights.safetensors", "samples.png", "README.md"} <= about["files"].keys()
+    model = _checkpoint.load(folder)
+    assert json.loads(json.dumps(model.spec.to_json())) == about["spec"]
+
+
+@checkpoints
+def test_its_recipe_is_committed_and_still_the_same(folder: Path) -> None:
+    recipe = _checkpoint.read_about(folder)["recipe"]
+    run = recipes()[recipe["name"]]()
+    assert json.loads(json.dumps(run.to_json())) == {k: v for k, v in recipe.items() if k != "name"}
+
+
+@checkpoints
+def test_its_card_says_what_was_measured(folder: Path) -> None:
+    metrics = _checkpoint.read_about(folder)["metrics"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert {"fd_local", "density", "coverage"} <= metrics.keys()
+    for metric in metrics.values():
+        assert {"value", "unit", "direction", "data", "n"} <= metric.keys()
+    if folder.name in PROMISED:
+        assert metrics["bits_per_dim"]["n"] == 10_000
+        assert metrics["bits_per_dim"]["value"] <= PROMISED[folder.name]
+        assert f"{metrics['bits_per_dim']['value']:.3g}"[:4] in card
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@checkpoints
+@torch.inference_mode()
+def test_the_likelihood_on_its_card_is_what_it_gives(folder: Path, fashion_mnist: Dataset) -> None:
+    """On 64 test images, within four standard errors of the mean of all."""
+    model = _checkpoint.load(folder)
+    if not isinstance(model, Density):
+        pytest.skip("no density")
+    claimed = _checkpoint.read_about(folder)["metrics"]["bits_per_dim"]["value"]
+    index = np.random.default_rng(0).choice(len(fashion_mnist.splits["test"].x), 64, replace=False)
+    x = torch.from_numpy(fashion_mnist.splits["test"].x[index]).float() / 255
+    log_prob = model.log_prob(x).log_prob
+    assert log_prob is not None
+    bits = bits_per_dim(log_prob, model.spec.image.dims)
+    assert float(bits.mean()) == pytest.approx(claimed, abs=4 * float(bits.std()) / 8)
+
+
+@checkpoints
+@torch.inference_mode()
+def test_it_draws_pictures_not_noise(folder: Path) -> None:
+    """Fashion-MNIST's border is dark and its middle is not."""
+    model = _checkpoint.load(folder)
+    spec = model.spec
+    solver = spec.solvers[0] if spec.solvers else None
+    labels = range(4) if spec.image.labels else [-1] * 4
+    guidance = 1.0 if spec.guidance_scale is None else spec.guidance_scale.default
+    rows = model.init([Draw(3, k, spec.steps.default, solver, label, None, guidance) for k, label in enumerate(labels)])
+    while int(rows.left.max()) > 0:
+        rows = model.step(rows)
+    image = model.image(rows)[:, 0]
+    border = torch.cat([image[:, 0], image[:, :, 0], image[:, :, -1]], dim=1)
+    assert border.mean() < 0.2
+    assert image[:, 10:18, 10:18].mean() > 0.2
