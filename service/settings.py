@@ -22,7 +22,7 @@ class Settings(BaseSettings):
 
     devices: str = Field(
         "auto",
-        description='a worker for each: "cpu", "cuda:0,cuda:1", ...; "auto": every CUDA device, else up to four on the CPU',
+        description='a worker for each: "cpu", "cuda:0,cuda:1", ...; "auto": every CUDA device, else up to four CPUs',
     )
     max_rows: int = Field(64, ge=1, description="most images that step together in one batch of a model")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much the processes tell")
