@@ -17,8 +17,6 @@ from training.data import Split
 
 Report = Callable[[int, int], None]  # (done, total)
 
-LEAST = 256  # images whose likelihood is computed however long it takes
-
 
 def _silent(done: int, total: int) -> None:
     """Reports nothing."""
@@ -60,32 +58,24 @@ def sample(model: Model, asked: Sequence[Draw], batch: int, report: Report = _si
 
 
 def log_probs(
-    model: Model,
-    split: Split,
-    labelled: bool,
-    limit: int,
-    seconds: float,
-    batch: int = 64,
-    report: Report = _silent,
+    model: Model, split: Split, labelled: bool, limit: int, batch: int = 64, report: Report = _silent
 ) -> NDArray[np.float64]:
-    """(n,) nats of the first n images: `limit` of them, or as many as are done after `seconds`, but at least `LEAST`.
+    """(n,) nats of the first n = `limit` images, or of all. labelled: given their labels.
 
-    The images of a split stand in the order of a hash: the first are a fair selection. labelled: given their labels.
+    The images of a split stand in the order of a hash: the first are a fair selection.
     """
     assert isinstance(model, Density), "a model whose Spec has a likelihood is a Density"
     limit = min(limit, len(split))
     values: list[Tensor] = []
-    done, began = 0, time.perf_counter()
     with torch.inference_mode():
-        while done < limit and (done < LEAST or time.perf_counter() - began < seconds):
-            part = split.take(np.arange(done, min(done + batch, limit)))
+        for start in range(0, limit, batch):
+            part = split.take(np.arange(start, min(start + batch, limit)))
             x = torch.from_numpy(part.x).to(model.device).to(torch.float32) / 255
             labels = torch.from_numpy(part.labels).to(model.device) if labelled else None
             value = model.log_prob(x, labels).log_prob
             assert value is not None, "a likelihood that is not 'unnormalised' has a log_prob"
             values.append(value.double().cpu())
-            done += len(part)
-            report(done, limit)
+            report(start + len(part), limit)
     return torch.cat(values).numpy()
 
 
