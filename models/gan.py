@@ -53,17 +53,19 @@ class Config:
     objective: str = "hinge"  # "hinge" (with R1) or "wgan-gp"
     latent: int = 64
     embedding: int = 32  # of the class, beside z
-    generator_channels: tuple[int, ...] = (16, 48, 96)
-    critic_channels: tuple[int, ...] = (16, 48, 96)
-    blocks: tuple[int, ...] = (0, 1, 1)  # residual blocks at each resolution, in both networks
+    generator_channels: tuple[int, ...] = (16, 64, 96)
+    critic_channels: tuple[int, ...] = (16, 64, 96)
+    blocks: tuple[int, ...] = (0, 0, 1)  # residual blocks at each resolution, in both networks
     attention: int = 0  # height of the feature map that a self-attention layer looks at; 0: none
     spectral_norm: bool = False
     n_critic: int = 1  # critic updates per generator update, on disjoint parts of the batch
-    penalty: float = 1.0  # γ of R1 ("hinge"), λ of the gradient penalty ("wgan-gp")
+    penalty: float = 0.3  # γ of R1 ("hinge"), λ of the gradient penalty ("wgan-gp")
     penalty_every: int = 8  # steps
 
     def check(self, space: ImageSpace) -> None:
         """Raises `ValueError` naming the field, its value and what would be right."""
+        if space.captions:
+            raise ValueError("captions: True; this family takes labels or nothing")
         if self.objective not in ("hinge", "wgan-gp"):
             raise ValueError(f'objective: "{self.objective}"; "hinge" or "wgan-gp"')
         for name in ("latent", "embedding", "n_critic", "penalty_every"):
@@ -78,7 +80,10 @@ class Config:
             if len(getattr(self, name)) != levels:
                 raise ValueError(f"{name}: {getattr(self, name)}; {levels} numbers, as many as generator_channels")
         if min(self.generator_channels + self.critic_channels) < 1 or min(self.blocks) < 0:
-            raise ValueError("generator_channels, critic_channels, blocks: widths are at least 1, depths at least 0")
+            raise ValueError(
+                f"generator_channels, critic_channels, blocks: {self.generator_channels}, {self.critic_channels}, "
+                f"{self.blocks}; widths are at least 1, depths at least 0"
+            )
         scale = 2 ** (levels - 1)
         if space.height % scale or space.width % scale:
             raise ValueError(
@@ -254,7 +259,7 @@ CriticFunction = Callable[[Tensor, Tensor], Tensor]  # (x, labels) -> logits (B,
 
 
 def gradient_norm_squared(critic: CriticFunction, x: Tensor, labels: Tensor) -> Tensor:
-    """(B,) |∇ₓ D(x, y)|², itself differentiable; in float32, as bfloat16 is too coarse for second derivatives."""
+    """(B,) |∇ₓ D(x, y)|², itself differentiable; in the precision of x and the weights, whatever the autocast."""
     with torch.autocast(x.device.type, enabled=False):
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(critic(x, labels).sum(), x, create_graph=True)
@@ -311,7 +316,7 @@ class Model(_protocol.Model):
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
         """`n_critic` critic losses, each on its part of the batch, then the generator's under the updated critic."""
-        due = self.config.penalty > 0 and batch.step % self.config.penalty_every == 0
+        due = self.config.penalty > 0 and (batch.step + 1) % self.config.penalty_every == 0
         weight = self.config.penalty * self.config.penalty_every
         parts = zip(batch.x.chunk(self.config.n_critic), batch.labels.chunk(self.config.n_critic), strict=True)
         for x, labels in parts:
