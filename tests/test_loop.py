@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -473,34 +472,36 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_state(
 # ------------------------------------------------------------------------------------------------------ several devices
 
 
-def script(out: Path, devices: int, steps: int = 12, noise: float = 0.0) -> subprocess.Popen[str]:
-    """The toy's run in processes of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    out.mkdir(parents=True, exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, toy.__file__, str(out), str(devices), str(steps), str(noise)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+@pytest.fixture(scope="module")
+def two_devices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the toy's script fills."""
+    out = tmp_path_factory.mktemp("two")
+    done = subprocess.run(
+        [sys.executable, toy.__file__, str(out)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
         text=True,
-        start_new_session=True,
+        timeout=280,
+        check=False,
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
 
 
-def finished(process: subprocess.Popen[str]) -> str:
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, printed
-    return printed
+def devices(folder: Path) -> list[dict[str, Tensor]]:
+    return [load_file(folder / f"device-{i}.safetensors") for i in (0, 1)]
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="two devices are two forked processes here")
 
 
 @pytest.mark.slow
-def test_two_devices_take_the_steps_of_one_with_the_whole_batch(tmp_path: Path) -> None:
-    """Without noise, the mean of the shares' gradients is the gradient of the batch."""
-    processes = [script(tmp_path / str(devices), devices) for devices in (1, 2)]
-    for process in processes:
-        finished(process)
-    one = load_file(tmp_path / "1" / "device-0.safetensors")
-    first, second = (load_file(tmp_path / "2" / f"device-{i}.safetensors") for i in (0, 1))
+@needs_fork
+def test_two_devices_take_the_steps_of_one_with_the_whole_batch(two_devices: Path, tmp_path: Path) -> None:
+    """Without noise, the mean of the shares' gradients is the gradient of the batch: so are its moments."""
+    go(tmp_path, toy.plain_run())
+    one = load_file(tmp_path / "resume" / "state.safetensors")
+    first, second = devices(two_devices / "plain")
     assert_same(first, second)
     assert one.keys() == first.keys()
     for name, tensor in one.items():
@@ -508,29 +509,24 @@ def test_two_devices_take_the_steps_of_one_with_the_whole_batch(tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
-def test_two_killed_devices_with_noise_of_their_own_resume_bit_for_bit(tmp_path: Path) -> None:
-    steps, noise = 60, 0.3
-    straight, killed = (script(tmp_path / name, 2, steps, noise) for name in ("straight", "killed"))
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "killed" / "resume").exists():
-            assert time.monotonic() < deadline
-            assert killed.poll() is None, "it ended before it could be killed"
-            time.sleep(0.005)
-    finally:
-        os.killpg(killed.pid, signal.SIGKILL)
-        killed.communicate()
-    at = json.loads((tmp_path / "killed" / "resume" / "state.json").read_text())["step"]
-    assert 0 < at < steps
-    finished(straight)
-    finished(script(tmp_path / "killed", 2, steps, noise))
-    states = [load_file(tmp_path / name / f"device-{i}.safetensors") for name in ("straight", "killed") for i in (0, 1)]
-    for state in states[1:]:
-        assert_same(state, states[0])
-    assert states[0]["model.chain"].abs().min() > 0
-    random = [load_file(tmp_path / "straight" / "resume" / f"random-{i}.safetensors")["cpu"] for i in (0, 1)]
-    assert not torch.equal(random[0], random[1]), "each device has noise of its own"
+@needs_fork
+def test_two_devices_have_noise_of_their_own_and_stay_in_step(two_devices: Path) -> None:
+    first, second = devices(two_devices / "straight")
+    assert_same(first, second)
+    assert first["model.chain"].abs().min() > 0
+    random = [load_file(two_devices / "straight" / "resume" / f"random-{i}.safetensors")["cpu"] for i in (0, 1)]
+    assert not torch.equal(random[0], random[1])
+
+
+@pytest.mark.slow
+@needs_fork
+def test_two_killed_devices_resume_bit_for_bit(two_devices: Path) -> None:
+    assert 0 < json.loads((two_devices / "killed-at.json").read_text())["step"] < 60
+    for killed, straight in zip(devices(two_devices / "killed"), devices(two_devices / "straight"), strict=True):
+        assert_same(killed, straight)
+    for i in (0, 1):
+        name = Path("resume") / f"random-{i}.safetensors"
+        assert_same(load_file(two_devices / "killed" / name), load_file(two_devices / "straight" / name))
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

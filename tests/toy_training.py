@@ -1,4 +1,4 @@
-"""A tiny family and data set for tests of the training loop. As a script, `OUT DEVICES STEPS NOISE`, it trains itself.
+"""A tiny family and data set for tests of the training loop. As a script, it trains on two devices.
 
 Two groups, a convolution and a linear layer on top of it, whose losses both depend on both: what a loop can mix up, it
 can mix up here.
@@ -6,21 +6,33 @@ can mix up here.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
+from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import models
 from models import _protocol
 from models._protocol import Batch, Draw, ImageSpace, Rows, Spec, Steps
+from training import loop
 from training.config import AdamW, Run
 from training.data import Dataset, Split
+from training.progress import Progress
+from training.state import State
 
 SPACE = ImageSpace(width=6, height=5, channels=2, labels=("a", "b", "c"))
 SIZE = 48  # images to train on
@@ -112,18 +124,25 @@ def toy_run(**changes: Any) -> Run:
     return Run(**(settings | changes))
 
 
-def main(out: Path, devices: int, steps: int, noise: float) -> None:
-    """Each device leaves its own weights in `out`, beside what the loop writes."""
-    from lightning_fabric import Fabric
-    from rich.console import Console
-    from safetensors.torch import save_file
+# ----------------------------------------------------------------------------- as a script: several runs on two devices
 
-    import models
-    from training import loop
-    from training.progress import Progress
-    from training.state import State
 
-    models.family = lambda name: sys.modules[__name__]
+def on_two_devices(out: Path, run: Run) -> int:
+    """Start the run in two processes of a process group of its own, which has the id that is returned."""
+    if pid := os.fork():
+        return pid
+    os.setsid()
+    try:
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork", precision="32-true")
+        fabric.launch(partial(train_and_keep, out=out, run=run))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def train_and_keep(fabric: Fabric, out: Path, run: Run) -> None:
+    """Train; each device leaves its own state in `out`, beside what the loop writes."""
     begin, kept = loop._begin, []
 
     def keep(run: Run, data: Dataset, out: Path, fabric: Fabric) -> State:
@@ -131,14 +150,39 @@ def main(out: Path, devices: int, steps: int, noise: float) -> None:
         return kept[0]
 
     loop._begin = keep
-    torch.set_num_threads(1)
-    fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", precision="32-true")
-    fabric.launch()
-    run = toy_run(config=Config(noise=noise), steps=steps, clip=10.0)
-    loop.train(run, dataset(), out, fabric, Progress(out / "events", Console(), quiet=not fabric.is_global_zero))
+    loop.train(run, dataset(), out, fabric, Progress(out / "events", Console(), quiet=True))
     tensors = {name: tensor.clone() for name, tensor in kept[0].tensors().items()}
     save_file(tensors, out / f"device-{fabric.global_rank}.safetensors")
 
 
+def finish(pid: int) -> None:
+    _, status = os.waitpid(pid, 0)
+    if status != 0:
+        sys.exit(f"a run ended with status {status}")
+
+
+def main(out: Path) -> None:
+    """Leave in `out`: plain, without noise; straight, with noise; killed, the same after SIGKILL and another start."""
+    models.family = lambda name: sys.modules[__name__]
+    torch.set_num_threads(1)
+    noisy = toy_run(config=Config(noise=0.3), steps=60)
+    finish(on_two_devices(out / "plain", plain_run()))
+    finish(on_two_devices(out / "straight", noisy))
+    killed = on_two_devices(out / "killed", noisy)
+    while not (out / "killed" / "resume").exists():
+        if os.waitpid(killed, os.WNOHANG) != (0, 0):
+            sys.exit("the run ended before it could be killed")
+        time.sleep(0.002)
+    os.killpg(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    (out / "killed-at.json").write_bytes((out / "killed" / "resume" / "state.json").read_bytes())
+    finish(on_two_devices(out / "killed", noisy))
+
+
+def plain_run() -> Run:
+    """Without noise: a function of the batches alone. The clipping norm is never reached."""
+    return toy_run(config=Config(noise=0.0), steps=12, clip=10.0)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
+    main(Path(sys.argv[1]))
