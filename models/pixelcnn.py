@@ -39,6 +39,9 @@ from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity
 
 REACH = 3  # how far the stacks' inputs look up, left and (above) right; a layer looks as far as its dilation
 NOT_YET = 0.5  # what a preview shows where no pixel has been drawn
+# A matrix library may take products of very few columns in another order of summation (MKL does for fewer than four):
+# with fewer chains copies of the last fill up, so that a chain's logits are the same bits alone and in a crowd.
+FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -335,33 +338,35 @@ class Model(_protocol.Model, OnePassDensity):
             behind = rows.past.view(-1, f).index_select(0, (here[:, None] * n + net.behind).flatten())
             uniforms = rows.uniforms.view(-1, rows.uniforms.shape[2]).index_select(0, pixel)
 
-        h = torch.addmm(told[:, :f], nearest.reshape(b, REACH * e), net.look_left.mT)  # (B, F)
-        above, past = told[:, f:].view(b, n, 2 * f).transpose(0, 1), behind.view(b, n, f).transpose(0, 1)
+        told, nearest, behind = _fill(told), _fill(nearest.reshape(b, REACH * e)), _fill(behind.view(b, n, f))
+        h = torch.addmm(told[:, :f], nearest, net.look_left.mT)  # (B, F)
+        above = told[:, f:].view(-1, n, 2 * f)
+        gates = torch.baddbmm(above.transpose(0, 1), behind.transpose(0, 1), net.past.mT)  # (L, B, 2F)
         entered = []
-        gates = torch.baddbmm(above, past, net.past.mT)  # (L, B, 2F)
         for u, now, out in zip(gates.unbind(), net.now.mT.unbind(), net.out.mT.unbind(), strict=True):
             entered.append(h)
             h = torch.addmm(h, F.glu(u.addmm_(h, now), dim=1), out)
+        past = torch.cat(entered, dim=1)[:b]
         levels, embedded = self._draw_pixel(h, uniforms, rows.temperature)
 
         if together:
-            rows.past[:, at] = torch.cat(entered, dim=1)
+            rows.past[:, at] = past
             rows.pixels[:, at] = embedded
             rows.levels[:, ticks[0]] = levels
         else:
-            rows.past.view(b * columns, -1).index_copy_(0, here, torch.cat(entered, dim=1))
+            rows.past.view(b * columns, -1).index_copy_(0, here, past)
             rows.pixels.view(-1, e).index_copy_(0, here, embedded)
             rows.levels.view(-1, levels.shape[1]).index_copy_(0, pixel, levels)
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
 
     def _draw_pixel(self, h: Tensor, uniforms: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        """Channel by channel, from features h (B, F): levels (B, C) and what stands for them (B, C·E)."""
-        net = self.network
-        levels = draw(net.logits(0, h, h), uniforms[:, :1], temperature)
-        for c in range(1, uniforms.shape[1]):
-            level = draw(net.logits(c, h, net.embed(levels)), uniforms[:, c : c + 1], temperature)
-            levels = torch.cat([levels, level], dim=1)
+        """Channel by channel, from features h (≥ B, F): levels (B, C) and what stands for them (B, C·E)."""
+        net, (b, channels) = self.network, uniforms.shape
+        levels = draw(net.logits(0, h, h)[:b], uniforms[:, :1], temperature)
+        for c in range(1, channels):
+            logits = net.logits(c, h, _fill(net.embed(levels)))[:b]
+            levels = torch.cat([levels, draw(logits, uniforms[:, c : c + 1], temperature)], dim=1)
         return levels, net.embed(levels)
 
     def _begin_row(self, rows: PixelRows, at: Tensor) -> None:
@@ -435,12 +440,21 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: Tensor) -> Tensor:
     """Levels (B, K) from the softmax of logits (B, levels) / temperature (B, 1): the quantiles at uniforms (B, K).
 
     Uniforms and temperature are float64, the uniforms midpoints on (0, 1) of float32's steps. In float64 the
-    distribution function is monotone and ends above any of them: the level is always in range and possible. Logits that
-    differ in their last bits, as float32 products of other batch sizes may, give another level only where a uniform
-    falls between the two values of the function.
+    distribution function is monotone and ends above any of them: the level is always in range and possible.
+
+    Logits that differ in their last bits give another level only where a uniform falls between the two values of the
+    distribution function, which befalls about one pixel in a million. Between the cached and the naive sampler, whose
+    sums have another order, that is so; between a chain alone and the same in a crowd it is only where the device's
+    matrix library lets a row of a product depend on how many there are (see FEWEST).
     """
     cumulative = (logits / temperature).softmax(dim=1).cumsum(dim=1)
     return torch.searchsorted(cumulative.contiguous(), uniforms.contiguous(), right=True)
+
+
+def _fill(part: Tensor) -> Tensor:
+    """(b, ...) -> (≥ FEWEST, ...): the last row repeated."""
+    missing = FEWEST - len(part)
+    return part if missing <= 0 else torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
 
 
 def _tiles(terms: Tensor, size: int) -> Tensor:
