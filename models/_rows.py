@@ -62,12 +62,12 @@ def filled(index: Tensor) -> Tensor:
 
 
 def equal(a: Rows, b: Rows) -> bool:
-    """Whether every column is the same, bit for bit (NaN equals NaN)."""
+    """Whether every column has the same shape and the same values (NaN equals NaN)."""
     same = True
 
     def compare(x: Tensor, y: Tensor) -> Tensor:
         nonlocal same
-        same = same and bool(((x == y) | (x.isnan() & y.isnan())).all())
+        same = same and x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
         return x
 
     _map(compare, a, b)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from toy_training import Config, Model, toy_run
 
 import models
+from models import vae
 from models._protocol import Batch
 from training import loop
 from training.config import AdamW, Run
@@ -50,7 +51,7 @@ def go(out: Path, run: Run) -> Model:
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed" if run.precision == "bf16" else "32-true"
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     progress = Progress(out / "events", Console(file=io.StringIO()), quiet=True)
-    model = train(run, toy.dataset(), out, fabric, progress)
+    model = train(run, toy.dataset(), out, fabric, progress).average
     assert isinstance(model, Model)
     return model
 
@@ -171,6 +172,22 @@ def test_another_runs_state_is_refused_by_what_differs(tmp_path: Path, changes: 
     assert_same(tensors(tmp_path), before)
 
 
+def test_a_state_of_another_version_of_the_network_is_refused_by_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(tmp_path, toy_run())
+    file = tmp_path / "resume" / "state.safetensors"
+    kept = load_file(file)
+    for changed, message in [
+        (kept | {"model.conv.bias": torch.zeros(1)}, r"model\.conv\.bias is \(1,\) there, \(3,\) here"),
+        (kept | {"model.old": torch.zeros(2)}, r"model\.old is \(2,\) there, missing here"),
+        ({k: v for k, v in kept.items() if k != "average.chain"}, r"average\.chain is missing there, \(4,\) here"),
+    ]:
+        save_file(changed, file)
+        with pytest.raises(RunError, match=f"another version of toy wrote it: {message}"):
+            go(tmp_path, toy_run())
+
+
 def test_how_often_a_run_saves_is_no_part_of_what_it_is(tmp_path: Path) -> None:
     first = go(tmp_path, toy_run())
     assert_same(go(tmp_path, toy_run(checkpoint_every=3)).state_dict(), first.state_dict())
@@ -251,11 +268,22 @@ def test_optimisers_that_are_not_the_models_groups_are_refused_by_name(tmp_path:
         ({"checkpoint_every": 0}, "checkpoint_every: 0"),
         ({"ema": 1.0}, "ema: 1.0"),
         ({"ema": -0.1}, "ema: -0.1"),
+        ({"warmup": -1}, "warmup: -1"),
+        ({"clip": 0.0}, "clip: 0.0"),
     ],
 )
 def test_a_run_that_makes_no_sense_is_refused_by_field(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RunError, match=message):
         toy_run(**changes)
+
+
+def test_a_config_that_its_family_refuses_is_refused_with_the_familys_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    run = toy_run(family="vae", config=vae.Config())
+    with pytest.raises(RunError, match="vae: image: 6×5; width and height must be multiples of 4"):
+        go(tmp_path, run)
 
 
 # ------------------------------------------------------------------------------------------------------------- one step

@@ -105,6 +105,37 @@ def test_nbytes_is_additive_and_counts_every_field(sizes: list[int]) -> None:
     assert _rows.nbytes(_rows.cat(parts_of(sizes))) == sum(map(_rows.nbytes, parts_of(sizes))) == row * sum(sizes)
 
 
+@given(b=st.integers(0, 9))
+def test_filled_repeats_the_last_index_up_to_the_next_multiple(b: int) -> None:
+    index = torch.arange(b) * 3
+    filled = _rows.filled(index)
+    assert len(filled) % _rows.ROW_MULTIPLE == 0
+    assert len(filled) - b < _rows.ROW_MULTIPLE
+    assert torch.equal(filled[:b], index)
+    assert set(filled[b:].tolist()) <= set(index[-1:].tolist())
+
+
+@given(data=st.data(), b=st.integers(1, 4))
+def test_equal_sees_one_changed_value_in_any_column(data: st.DataObject, b: int) -> None:
+    assert _rows.equal(chain(0, b), chain(0, b))
+    changed = chain(0, b)
+    columns = [leaf for leaf in leaves(changed) if leaf.numel()]
+    column = data.draw(st.sampled_from(columns)).view(-1)
+    at = data.draw(st.integers(0, len(column) - 1))
+    column[at] = ~column[at] if column.dtype == torch.bool else column[at] + 1
+    assert not _rows.equal(changed, chain(0, b))
+
+
+def test_equal_takes_nan_for_nan_and_no_shape_for_another() -> None:
+    a, b = chain(0, 2), chain(0, 2)
+    a.x[0, 0, 0] = float("nan")
+    assert not _rows.equal(a, b)
+    b.x[0, 0, 0] = float("nan")
+    assert _rows.equal(a, b)
+    one, four = (Rows(torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64)) for n in (1, 4))
+    assert not _rows.equal(one, four), "one row would broadcast over four"
+
+
 def test_cat_refuses_an_empty_list() -> None:
     with pytest.raises(ValueError, match="batches: none given"):
         _rows.cat([])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import toy_training as toy
 
 import models
@@ -86,6 +87,8 @@ def test_run_trains_exports_and_says_where(
     about = _checkpoint.read_about(tmp_path / "runs" / recipe)
     assert about["data"] == {"name": "toy", "sha256": "of toys", "splits": {"train": toy.SIZE}}
     assert about["recipe"] == {"name": recipe, **json.loads(json.dumps(recipes_of(recipe)))}
+    assert about["training"]["devices"] == "1 × cpu"
+    assert about["training"]["seconds"] > 0
     assert about["metrics"] == {}
     assert list((tmp_path / "runs" / recipe / "events").iterdir())
 
@@ -105,6 +108,20 @@ def test_another_runs_folder_is_refused_in_one_line(tmp_path: Path, capsys: pyte
     assert error == (
         f"{tmp_path}/[bold]out[/x]/resume: the state of another run (steps differ); remove it or choose another --out\n"
     )
+
+
+@pytest.mark.usefixtures("_toys")
+def test_more_gpus_than_there_are_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = torch.cuda.device_count()
+    options = ["--accelerator", "cuda", "--devices", str(there + 1), "--out", str(tmp_path)]
+    assert command.main(["run", "toy", *options]) == 2
+    assert capsys.readouterr().err == f"devices: {there + 1} CUDA devices asked for, {there} found\n"
+
+
+@pytest.mark.usefixtures("_toys")
+def test_a_setting_that_makes_no_sense_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["run", "toy", "--steps", "-1"]) == 2
+    assert capsys.readouterr().err == "steps: -1; at least 0\n"
 
 
 def test_an_unknown_recipe_is_answered_with_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +154,9 @@ def test_divergence_is_told_in_one_line(
     assert not (tmp_path / "model.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["run"], ["run", "x", "--accelerator", "abacus"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["run"], ["run", "x", "--accelerator", "abacus"], ["run", "x", "--devices", "0"]]
+)
 def test_arguments_that_make_no_sense_exit_with_status_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(arguments)

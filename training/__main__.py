@@ -50,12 +50,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--steps", type=int, help="train for another number of steps than the recipe says")
     run.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
-    run.add_argument("--devices", type=int, default=1, help="devices (or processes on the CPU) to share each batch")
-    run.add_argument("--threads", type=int, help="CPU threads a process may use (default: torch's own choice)")
+    run.add_argument(
+        "--devices", type=_positive, default=1, help="devices (or processes on the CPU) to share each batch"
+    )
+    run.add_argument("--threads", type=_positive, help="CPU threads a process may use (default: torch's own choice)")
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint; write its metrics, samples and card")
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     evaluate.add_argument("--data-dir", type=Path, help="as for run")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _list(console: Console) -> None:
@@ -86,6 +95,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         torch.set_num_threads(args.threads)
     out: Path = args.out or Path("runs") / args.recipe
     dataset = data.load(run.data, args.data_dir)
+    if args.accelerator == "cuda" and args.devices > torch.cuda.device_count():
+        raise RunError(f"devices: {args.devices} CUDA devices asked for, {torch.cuda.device_count()} found")
     fabric = Fabric(
         accelerator=args.accelerator,
         devices=args.devices,
@@ -93,9 +104,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         precision="bf16-mixed" if run.precision == "bf16" else "32-true",
     )
     fabric.launch()
-    model = train(run, dataset, out, fabric, Progress(out / "events", console, quiet=not fabric.is_global_zero))
+    state = train(run, dataset, out, fabric, Progress(out / "events", console, quiet=not fabric.is_global_zero))
     if fabric.is_global_zero:
-        _checkpoint.save(out, model, run.config, _about(args.recipe, run, dataset))
+        about = _about(args.recipe, run, dataset, state.seconds, f"{fabric.world_size} × {fabric.device.type}")
+        _checkpoint.save(out, state.average, run.config, about)
         console.print(
             f"checkpoint in {out}; measure it with: python -m training evaluate {out}",
             markup=False,
@@ -104,10 +116,12 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         )
 
 
-def _about(name: str, run: Run, dataset: data.Dataset) -> dict[str, Any]:
+def _about(name: str, run: Run, dataset: data.Dataset, seconds: float, devices: str) -> dict[str, Any]:
+    """What model.json says of the training: data, recipe, cost, revision."""
     return {
         "data": dataset.description,
         "recipe": {"name": name, **run.to_json()},
+        "training": {"seconds": round(seconds, 1), "devices": devices},
         "revision": _revision(),
         "metrics": {},
     }

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from training.errors import RunError
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -39,11 +41,13 @@ class Run:
     checkpoint_every: int = 1000  # steps between resume states
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < (0 if name == "steps" else 1):
-                raise ValueError(f"{name}: {getattr(self, name)}; a run needs a positive number")
+        for name, least in (("steps", 0), ("batch_size", 1), ("warmup", 0), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise RunError(f"{name}: {getattr(self, name)}; at least {least}")
         if not 0 <= self.ema < 1:
-            raise ValueError(f"ema: {self.ema} is not in [0, 1)")
+            raise RunError(f"ema: {self.ema} is not in [0, 1)")
+        if self.clip is not None and not self.clip > 0:
+            raise RunError(f"clip: {self.clip}; above 0, or None not to clip")
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

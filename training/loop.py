@@ -26,8 +26,8 @@ from training.state import State
 CHECK_EVERY = 50  # steps between reads of the loss: a read waits for the device
 
 
-def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress) -> Model:
-    """Train to the end of the run, taking up where out/resume left off, and return the averaged model, on the CPU.
+def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress) -> State:
+    """Train to the end of the run, taking up where out/resume left off. The result is the state's `average`.
 
     On one machine the result is the same bit for bit, whether the run was interrupted or not. Raises `Diverged`, and
     `RunError` where the run cannot begin.
@@ -58,7 +58,7 @@ def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress
             if save:
                 state.seconds = clock.seconds()
                 states.save(state, run, out, fabric)
-    return state.average.to("cpu")
+    return state
 
 
 def lr_factor(run: Run, step: int) -> float:
@@ -91,7 +91,10 @@ def _begin(run: Run, data: Dataset, out: Path, fabric: Fabric) -> State:
         raise RunError(f"batch_size: {run.batch_size} images cannot be shared evenly by {fabric.world_size} devices")
     split, resuming = data.splits["train"], states.exists(out, fabric)
     torch.manual_seed(run.seed)  # the same weights and the same preparation on every device
-    model: Model = models.family(run.family).Model(run.config, data.space).to(fabric.device).train()
+    try:
+        model: Model = models.family(run.family).Model(run.config, data.space).to(fabric.device).train()
+    except ValueError as e:  # what every family raises for a config that does not fit itself or the images
+        raise RunError(f"{run.family}: {e}") from e
     if run.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     groups = model.groups()

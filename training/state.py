@@ -95,8 +95,13 @@ def resume(state: State, run: Run, out: Path, fabric: Fabric) -> None:
             if f"{group}.{i}.step" in saved:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 optimiser.state[parameter] = {"step": torch.zeros(()), **moments}
+    tensors = state.tensors()
+    for name in sorted(tensors.keys() | saved.keys()):
+        then, now = (f"{tuple(t[name].shape)}" if name in t else "missing" for t in (saved, tensors))
+        if then != now:
+            raise RunError(f"{folder}: another version of {run.family} wrote it: {name} is {then} there, {now} here")
     with torch.no_grad():
-        for name, tensor in state.tensors().items():
+        for name, tensor in tensors.items():
             tensor.copy_(saved[name])
     state.step, state.seconds = about["step"], about["seconds"]
     random = load_file(folder / _random_file(fabric))
