@@ -1,17 +1,18 @@
 """Variational autoencoder (Kingma and Welling, arXiv 1312.6114; Rezende et al., arXiv 1401.4082), class-conditional.
 
 What differs from the papers: the decoder's likelihood is one of 8-bit pixels (a mixture of discretised logistics, or
-256-way categorical), never a Bernoulli on grey levels; the prior of each class is a Gaussian with a learnt mean and
-scale; and images are scored with the importance-weighted bound (Burda et al., arXiv 1509.00519), which is at least the
-ELBO on average. A sample shows the decoder's expected image, as users of a VAE expect: a draw from the likelihood adds
-pixel noise that is independent given z, and is what the solver "draw" shows.
+256-way categorical), never a Bernoulli on grey levels; the prior of each class is a learnt mixture of Gaussians, since
+one Gaussian leaves holes between the codes of images, from which bad samples come; and images are scored with the
+importance-weighted bound (Burda et al., arXiv 1509.00519), which is at least the ELBO on average. A sample shows the
+decoder's expected image, as users of a VAE expect: a draw from the likelihood, which the solver "draw" shows, adds
+pixel noise that is independent given z.
 
     variable      paper
     z             z, the latent code
     q             q_φ(z | x, y), the encoder's Gaussian
-    p             p(z | y), the prior
+    p             p(z | y), the prior: Σ_k π_k N(m_k, s_k²)
     params        the decoder's output, from which `likelihood` gives log p_θ(x | z, y)
-    kl            D_KL(q ‖ p), closed form
+    kl            D_KL(q ‖ p), closed form for one component, a closed upper bound for several
     log_w         log w = log p_θ(x | z, y) + log p(z | y) − log q_φ(z | x, y)       S of them, eq. 8 of 1509.00519
 """
 
@@ -34,7 +35,7 @@ from models._protocol import Batch, Draw, ImageSpace, Likelihood, Range, Rows, S
 SAMPLES_PER_STEP = (
     8  # importance samples that a step of scoring draws for each image: few enough to share the device fairly
 )
-PRIOR, PIXELS = 0, 1  # draws of a row's noise
+PRIOR, PIXELS, COMPONENT = 0, 1, 2  # draws of a row's noise
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Config:
     width: int = 64  # channels at a quarter of the image's resolution; half of them at half
     blocks: int = 2  # residual blocks at a quarter of the resolution, in the encoder and in the decoder
     hidden: int = 512  # width of the dense layers next to z
+    prior_components: int = 1  # Gaussians in the prior of each class
     likelihood: str = "logistic"  # or "categorical"
     components: int = 5  # of the logistic mixture
     label_dropout: float = 0.1  # how often training hides the label, so that p(x) is learnt next to p(x | y)
@@ -57,7 +59,7 @@ class Config:
 
 
 class Normal(NamedTuple):
-    """Diagonal Gaussians, a batch of them: mean and log-std (B, latent)."""
+    """Diagonal Gaussians: mean and log-std (..., latent)."""
 
     mean: Tensor
     log_std: Tensor
@@ -67,19 +69,43 @@ class Normal(NamedTuple):
         return self.mean + self.log_std.exp() * noise
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """(B,) nats."""
+        """(...,) nats."""
         standard = (z - self.mean) * (-self.log_std).exp()
-        return -(0.5 * standard.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(dim=1)
+        return -(0.5 * standard.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(dim=-1)
 
     def kl(self, other: Normal) -> Tensor:
-        """(B,) D_KL(self ‖ other) in nats, closed form."""
+        """(...,) D_KL(self ‖ other) in nats, closed form."""
         ratio = self.log_std - other.log_std
         distance = (self.mean - other.mean) * (-other.log_std).exp()
-        return (0.5 * ((2 * ratio).exp() + distance.square() - 1) - ratio).sum(dim=1)
+        return (0.5 * ((2 * ratio).exp() + distance.square() - 1) - ratio).sum(dim=-1)
 
-    def repeat(self, n: int) -> Normal:
-        """Every row n times in a row."""
-        return Normal(self.mean.repeat_interleave(n, dim=0), self.log_std.repeat_interleave(n, dim=0))
+    def expand(self, n: int) -> Normal:
+        """(B, latent) -> (B, n, latent), every row n times."""
+        return Normal(self.mean[:, None].expand(-1, n, -1), self.log_std[:, None].expand(-1, n, -1))
+
+
+class Mixture(NamedTuple):
+    """Mixtures of K diagonal Gaussians, one for each row."""
+
+    log_weight: Tensor  # (B, K)
+    components: Normal  # (B, K, latent)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """(B, n) nats of z (B, n, latent)."""
+        each = Normal(*(part[:, None] for part in self.components)).log_prob(z[:, :, None])  # (B, n, K)
+        return torch.logsumexp(self.log_weight[:, None] + each, dim=2)
+
+    def kl_from(self, q: Normal) -> Tensor:
+        """(B,) −log Σ_k π_k exp(−D_KL(q ‖ p_k)) ≥ D_KL(q ‖ self), in nats: equal for one component, and close where q
+        is narrow beside the components (Hershey and Olsen 2007, "Approximating the Kullback Leibler divergence between
+        Gaussian mixture models")."""
+        return -torch.logsumexp(self.log_weight - q.expand(1).kl(self.components), dim=1)
+
+    def at(self, noise: Tensor, uniform: Tensor) -> Tensor:
+        """(B, latent): the component that uniform (B, 1) falls into, at the noise (B, latent)."""
+        chosen = (uniform > self.log_weight.exp().cumsum(dim=1)[:, :-1]).sum(dim=1)
+        row = torch.arange(len(chosen), device=chosen.device)
+        return Normal(self.components.mean[row, chosen], self.components.log_std[row, chosen]).at(noise)
 
 
 # -------------------------------------------------------------------------------------------------------------- network
@@ -201,10 +227,14 @@ class Model(_protocol.Model, _protocol.Density):
         )
         self.likelihood = pixel_likelihood(config.likelihood, space.channels, config.components)
         e = min(16, config.hidden) if space.labels else 0
-        if space.labels:  # one row for each class and a last one for "no label"
-            self.label_features = nn.Embedding(space.classes + 1, e)
-            self.prior_parameters = nn.Embedding(space.classes + 1, 2 * config.latent)
-            nn.init.zeros_(self.prior_parameters.weight)
+        rows = space.classes + 1  # one for each class and a last one for "no label"
+        if space.labels:
+            self.label_features = nn.Embedding(rows, e)
+        k, d = config.prior_components, config.latent
+        self.prior_logits = nn.Parameter(torch.zeros(rows, k))
+        # Means apart, that components may come to differ; near enough for each to get its share of the codes.
+        self.prior_mean = nn.Parameter(0.25 * torch.randn(rows, k, d) if k > 1 else torch.zeros(rows, k, d))
+        self.prior_log_std = nn.Parameter(torch.zeros(rows, k, d))
         self.encoder = Encoder(config, space, e if config.label_in_encoder else 0)
         self.decoder = Decoder(config, space, e, self.likelihood.initial_bias())
 
@@ -216,13 +246,10 @@ class Model(_protocol.Model, _protocol.Density):
         mean, log_std = self.encoder(x, features).float().chunk(2, dim=1)
         return Normal(mean, log_std.clamp(-10.0, 10.0))
 
-    def prior(self, labels: Tensor) -> Normal:
-        """p(z | y) for labels (B,): a standard Gaussian where the model knows no labels."""
-        if not self.spec.image.labels:
-            zeros = torch.zeros(len(labels), self.config.latent, device=labels.device)
-            return Normal(zeros, zeros)
-        mean, log_std = self.prior_parameters(self._index(labels)).chunk(2, dim=1)
-        return Normal(mean, log_std)
+    def prior(self, labels: Tensor) -> Mixture:
+        """p(z | y) for labels (B,), -1 for none."""
+        y = self._index(labels)
+        return Mixture(self.prior_logits[y].log_softmax(dim=1), Normal(self.prior_mean[y], self.prior_log_std[y]))
 
     def decode(self, z: Tensor, labels: Tensor) -> Tensor:
         """(B, P, H, W), the parameters of `self.likelihood`, for z (B, latent) and labels (B,)."""
@@ -256,7 +283,7 @@ class Model(_protocol.Model, _protocol.Density):
         q = self.encode(x, labels)
         z = q.at(torch.randn_like(q.mean))
         log_px = self.likelihood.log_prob(self.decode(z, labels), x).sum(dim=(1, 2)).mean()
-        kl = q.kl(self.prior(labels)).mean()
+        kl = self.prior(labels).kl_from(q).mean()
         warmup = self.config.kl_warmup * batch.steps
         weight = min(1.0, (batch.step + 1) / warmup) if warmup > 0 else 1.0
         bits = 1 / (self.spec.image.dims * math.log(2))
@@ -285,7 +312,9 @@ class Model(_protocol.Model, _protocol.Density):
     def step(self, rows: VAERows) -> VAERows:
         """z from the prior, its noise scaled by the temperature; then the pixels' mean, or a draw of each."""
         noise = _random.normal(rows.seed, rows.sample, rows.tick, PRIOR, (self.config.latent,))
-        params = self.decode(self.prior(rows.label).at(rows.temperature[:, None] * noise), rows.label)
+        uniform = _random.uniform(rows.seed, rows.sample, rows.tick, COMPONENT, (1,))
+        z = self.prior(rows.label).at(rows.temperature[:, None] * noise, uniform)
+        params = self.decode(z, rows.label)
         rows.x = self.likelihood.mean(params)
         if rows.drawn.any():
             shape = (self.likelihood.uniforms, *rows.x.shape[2:])
@@ -318,15 +347,14 @@ class Model(_protocol.Model, _protocol.Density):
         s, b = SAMPLES_PER_STEP, len(rows.x)
         q, p = self.encode(rows.x, rows.label), self.prior(rows.label)
         noise = _random.normal(rows.seed, torch.zeros_like(rows.seed), rows.tick, PRIOR, (s * self.config.latent,))
-        z = q.repeat(s).at(noise.view(b * s, -1))
-        params = self.decode(z, rows.label.repeat_interleave(s))
-        log_px = self.likelihood.log_prob(params, rows.x.repeat_interleave(s, dim=0)).sum(dim=(1, 2))
-        log_w = log_px + p.repeat(s).log_prob(z) - q.repeat(s).log_prob(z)
-        surplus = rows.drawn[:, None] + torch.arange(s, device=z.device) >= self.config.importance_samples  # (B, s)
-        log_w = log_w.view(b, s).masked_fill(surplus, -math.inf)
-        rows.log_w = torch.logaddexp(rows.log_w, log_w.logsumexp(dim=1))
-        rows.reconstruction = rows.reconstruction + log_px.view(b, s).masked_fill(surplus, 0.0).sum(dim=1)
-        rows.kl = q.kl(p)
+        z = q.expand(s).at(noise.view(b, s, -1))  # (B, s, latent)
+        params = self.decode(z.flatten(0, 1), rows.label.repeat_interleave(s))
+        log_px = self.likelihood.log_prob(params, rows.x.repeat_interleave(s, dim=0)).sum(dim=(1, 2)).view(b, s)
+        log_w = log_px + p.log_prob(z) - q.expand(s).log_prob(z)  # (B, s)
+        surplus = rows.drawn[:, None] + torch.arange(s, device=z.device) >= self.config.importance_samples
+        rows.log_w = torch.logaddexp(rows.log_w, log_w.masked_fill(surplus, -math.inf).logsumexp(dim=1))
+        rows.reconstruction = rows.reconstruction + log_px.masked_fill(surplus, 0.0).sum(dim=1)
+        rows.kl = p.kl_from(q)
         rows.drawn = (rows.drawn + s).clamp(max=self.config.importance_samples)
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
@@ -341,7 +369,7 @@ class Model(_protocol.Model, _protocol.Density):
 
 def _check(config: Config, space: ImageSpace) -> None:
     """Raises `ValueError` that names the field, its value and what would be right."""
-    for name in ("latent", "hidden", "components", "importance_samples"):
+    for name in ("latent", "hidden", "prior_components", "components", "importance_samples"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)}; at least 1")
     if config.width < 2 or config.width % 2:

@@ -14,10 +14,10 @@ from torch import Tensor
 from models import _rows
 from models._likelihoods import LEVELS, Categorical, LogisticMixture, PixelLikelihood, pixel_likelihood
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
-from models.vae import SAMPLES_PER_STEP, Config, Model, Normal
+from models.vae import SAMPLES_PER_STEP, Config, Mixture, Model, Normal
 
 SPACE = ImageSpace(8, 8, 1, labels=("a", "b", "c"))
-TINY = Config(latent=3, width=8, blocks=1, hidden=16, components=2, importance_samples=16)
+TINY = Config(latent=3, width=8, blocks=1, hidden=16, prior_components=2, components=2, importance_samples=16)
 
 
 def model(space: ImageSpace = SPACE, seed: int = 0, spread: float = 1.0, **changes: object) -> Model:
@@ -146,27 +146,82 @@ def test_kl_is_the_closed_form(seed: int) -> None:
 
 def test_kl_is_what_monte_carlo_finds() -> None:
     q, p, n = normals(3), normals(4), 20_000
-    z = q.repeat(n).at(torch.randn(4 * n, 3, generator=torch.Generator().manual_seed(5)))
-    ratio = (q.repeat(n).log_prob(z) - p.repeat(n).log_prob(z)).view(4, n)
+    z = q.expand(n).at(torch.randn(4, n, 3, generator=torch.Generator().manual_seed(5)))
+    ratio = q.expand(n).log_prob(z) - p.expand(n).log_prob(z)
     error = (ratio.mean(dim=1) - q.kl(p)).abs()
     assert (error < 5 * ratio.std(dim=1) / math.sqrt(n)).all()
+
+
+def mixtures(seed: int, components: int, rows: int = 4, dims: int = 3) -> Mixture:
+    generator = torch.Generator().manual_seed(seed)
+    mean, log_std = torch.randn(2, rows, components, dims, generator=generator)
+    return Mixture(torch.randn(rows, components, generator=generator).log_softmax(dim=1), Normal(mean, 0.5 * log_std))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**31), components=st.integers(1, 4))
+def test_mixture_density_is_that_of_torch(seed: int, components: int) -> None:
+    p, z = mixtures(seed, components), normals(seed + 1).expand(5).at(torch.randn(4, 5, 3))
+    weights = torch.distributions.Categorical(logits=p.log_weight)
+    parts = torch.distributions.Normal(p.components.mean, p.components.log_std.exp())
+    theirs = torch.distributions.MixtureSameFamily(weights, torch.distributions.Independent(parts, 1))
+    expected = theirs.log_prob(z.transpose(0, 1)).T
+    torch.testing.assert_close(p.log_prob(z), expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**31), components=st.integers(1, 4))
+def test_kl_from_a_mixture_is_bounded_from_above(seed: int, components: int) -> None:
+    q, p, n = normals(seed), mixtures(seed + 1, components), 4_000
+    z = q.expand(n).at(torch.randn(4, n, 3, generator=torch.Generator().manual_seed(seed)))
+    ratio = q.expand(n).log_prob(z) - p.log_prob(z)
+    bound = p.kl_from(q)
+    assert (bound > ratio.mean(dim=1) - 6 * ratio.std(dim=1) / math.sqrt(n)).all()
+    assert (bound <= (q.expand(1).kl(p.components) - p.log_weight).min(dim=1).values + 1e-4).all()
+    if components == 1:
+        torch.testing.assert_close(bound, q.kl(Normal(*(part[:, 0] for part in p.components))))
+
+
+def test_the_bound_on_the_kl_is_tight_where_q_is_narrow() -> None:
+    p, n = mixtures(6, 3), 4_000
+    q = Normal(torch.zeros(4, 3), torch.full((4, 3), -5.0))
+    z = q.expand(n).at(torch.randn(4, n, 3, generator=torch.Generator().manual_seed(7)))
+    estimate = (q.expand(n).log_prob(z) - p.log_prob(z)).mean(dim=1)
+    torch.testing.assert_close(p.kl_from(q), estimate, rtol=0, atol=0.15)  # the noise of log q alone
+
+
+def test_mixture_components_are_drawn_by_their_weights() -> None:
+    n = 3_000
+    one = Mixture(
+        torch.tensor([[0.2, 0.5, 0.3]]).log(),
+        Normal(torch.tensor([[[-20.0], [0.0], [20.0]]]), torch.zeros(1, 3, 1)),
+    )
+    p = Mixture(one.log_weight.expand(n, -1), Normal(*(part.expand(n, -1, -1) for part in one.components)))
+    z = p.at(torch.randn(n, 1, generator=torch.Generator().manual_seed(8)), ((torch.arange(n) + 0.5) / n)[:, None])
+    nearest = ((z + 30) / 20).floor().flatten()
+    assert [int((nearest == k).sum()) for k in range(3)] == [600, 1500, 900]
+    assert float((z.flatten() - 20 * (nearest - 1)).std()) == pytest.approx(1, abs=0.05)
 
 
 # --------------------------------------------------------------------------------------------------------------- bounds
 
 
-def exact_log_prob(vae: Model, x: Tensor, labels: Tensor) -> Tensor:
-    """(B,) log ∫ p(z | y) p(x | z, y) dz by quadrature over a one-dimensional z."""
-    prior = vae.prior(labels)
-    grid = torch.linspace(-9, 9, 501)
+GRID = torch.linspace(-15, 15, 1001)
+LOG_CELL = math.log(30 / 1000)
+
+
+def exact_log_prob(vae: Model, x: Tensor, labels: Tensor, without: tuple[int, int] | None = None) -> Tensor:
+    """(B,) log ∫ p(z | y) p(x | z, y) dz by quadrature over a one-dimensional z; of all pixels, or all but one."""
     values = []
-    for i in range(len(x)):
-        z = prior.mean[i] + prior.log_std[i].exp() * grid[:, None]
-        label, density = labels[i : i + 1].expand(len(grid)), Normal(prior.mean[i : i + 1], prior.log_std[i : i + 1])
-        log_px = vae.likelihood.log_prob(vae.decode(z, label), x[i : i + 1].expand(len(grid), -1, -1, -1))
-        width = math.log(float(grid[1] - grid[0])) + prior.log_std[i]
-        values.append((log_px.sum(dim=(1, 2)) + density.log_prob(z)).double().logsumexp(0) + width)
-    return torch.cat(values)
+    for image, label in zip(x.split(1), labels.split(1), strict=True):
+        log_px = vae.likelihood.log_prob(
+            vae.decode(GRID[:, None], label.expand(len(GRID))), image.expand(len(GRID), -1, -1, -1)
+        )
+        if without is not None:
+            log_px[:, *without] = 0
+        log_joint = log_px.sum(dim=(1, 2)) + vae.prior(label).log_prob(GRID[None, :, None])[0]
+        values.append(log_joint.double().logsumexp(0) + LOG_CELL)
+    return torch.stack(values)
 
 
 def bounds(spread: float, *s: int) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -198,8 +253,8 @@ def test_the_bound_reaches_the_truth_where_the_encoder_is_close() -> None:
 
 def test_one_sample_of_the_bound_is_an_elbo_on_average() -> None:
     x, labels = images(400), torch.zeros(400, dtype=torch.int64)
-    single = model(importance_samples=1, spread=2.0).log_prob(x, labels).log_prob
-    many = model(importance_samples=64, spread=2.0).log_prob(x, labels)
+    single = model(importance_samples=1, spread=2.0, prior_components=1).log_prob(x, labels).log_prob
+    many = model(importance_samples=64, spread=2.0, prior_components=1).log_prob(x, labels)
     elbo = -(many.statistics["reconstruction_nats"] + many.statistics["kl_nats"])
     assert single is not None
     assert many.log_prob is not None
@@ -217,11 +272,7 @@ def test_the_marginal_of_one_pixel_sums_out() -> None:
     x[:, 0, 1, 2] = torch.arange(LEVELS) / 255
     none = torch.full((LEVELS,), UNLABELLED)
     total = exact_log_prob(vae, x, none).logsumexp(0)
-    grid = torch.linspace(-9, 9, 501)[:, None]
-    log_px = vae.likelihood.log_prob(vae.decode(grid, none[:1].expand(501)), x[:1].expand(501, -1, -1, -1))
-    log_px[:, 1, 2] = 0
-    density = Normal(torch.zeros(1, 1), torch.zeros(1, 1)).log_prob(grid)
-    others = (log_px.sum(dim=(1, 2)) + density).double().logsumexp(0) + math.log(18 / 500)
+    others = exact_log_prob(vae, x[:1], none[:1], without=(1, 2))
     assert float(total) == pytest.approx(float(others), abs=1e-3)
 
 
@@ -278,12 +329,14 @@ def test_temperature_and_solver_are_columns_of_a_row() -> None:
     torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
 
 
-def test_at_temperature_zero_only_the_label_matters() -> None:
-    vae = model(spread=3.0)
+def test_at_temperature_zero_only_the_component_matters() -> None:
+    vae = model(spread=3.0, prior_components=1)
     cold = sample(vae, *[Draw(seed, 0, 1, label=label, temperature=0.0) for label in (0, 1) for seed in (1, 2)])
     torch.testing.assert_close(cold[0], cold[1])
     torch.testing.assert_close(cold[2], cold[3])
     assert float((cold[0] - cold[2]).abs().max()) > 1e-3
+    many = sample(model(spread=3.0), *[Draw(seed, 0, 1, label=1, temperature=0.0) for seed in range(20)])
+    assert len({image.numpy().tobytes() for image in (many * 255).round()}) == TINY.prior_components
 
 
 def test_the_mean_image_is_the_mean_of_draws() -> None:
@@ -303,12 +356,17 @@ def test_no_label_is_a_distribution_of_its_own() -> None:
     torch.testing.assert_close(vae.log_prob(x).log_prob, by_label[0])
 
 
-def test_a_model_without_labels_has_no_embedding_and_a_standard_prior() -> None:
+def test_a_model_without_labels_has_no_embedding_and_one_prior() -> None:
     vae = model(ImageSpace(8, 8, 1))
-    assert not [name for name in vae.state_dict() if "label" in name or "prior" in name]
-    prior = vae.prior(torch.full((2,), UNLABELLED))
-    assert not prior.mean.any()
-    assert not prior.log_std.any()
+    assert not [name for name in vae.state_dict() if "label" in name]
+    assert vae.prior_mean.shape == (1, 2, 3)
+
+
+def test_one_component_begins_as_the_standard_gaussian() -> None:
+    prior = Model(dataclasses.replace(TINY, prior_components=1), SPACE).prior(torch.tensor([0, UNLABELLED]))
+    z = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(1))
+    standard = torch.distributions.Normal(0, 1).log_prob(z).sum(dim=2)
+    torch.testing.assert_close(prior.log_prob(z), standard)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
@@ -316,9 +374,9 @@ def test_label_dropout_says_which_labels_are_learnt(dropout: float) -> None:
     vae = model(label_dropout=dropout).requires_grad_(True)
     ((_, loss, _),) = vae.objective(Batch(images(8), torch.tensor([0, 1] * 4), step=5, steps=10))
     loss.backward()
-    for table in (vae.label_features, vae.prior_parameters):
-        assert table.weight.grad is not None
-        touched = table.weight.grad.abs().sum(dim=1) > 0
+    for table in (vae.label_features.weight, vae.prior_logits, vae.prior_mean, vae.prior_log_std):
+        assert table.grad is not None
+        touched = table.grad.flatten(1).abs().sum(dim=1) > 0
         assert touched.tolist() == ([False, False, False, True] if dropout else [True, True, False, False])
 
 
@@ -394,6 +452,7 @@ def test_a_few_steps_of_training_teach_it() -> None:
         ({"width": 7}, "width: 7"),
         ({"blocks": -1}, "blocks: -1"),
         ({"components": 0}, "components: 0"),
+        ({"prior_components": 0}, "prior_components: 0"),
         ({"importance_samples": 0}, "importance_samples: 0"),
         ({"label_dropout": 1.5}, "label_dropout: 1.5"),
         ({"kl_warmup": -0.1}, "kl_warmup: -0.1"),

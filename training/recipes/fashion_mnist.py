@@ -27,7 +27,7 @@ def vae() -> Run:
     """Class-conditional VAE, mixture of five logistics a pixel: twelve CPU minutes of one thread."""
     return Run(
         family="vae",
-        config=models.vae.Config(latent=64, width=64, blocks=2, hidden=256, components=5),
+        config=models.vae.Config(latent=64, width=64, blocks=2, hidden=256, prior_components=32, components=5),
         data="fashion-mnist",
         steps=13_000,
         batch_size=64,
