@@ -5,8 +5,8 @@ A module of this package without a leading underscore *is* a family: the folder 
     Config      a frozen dataclass of JSON values: everything that shapes the network and the objective
     Model       Model(config, space), a `Sampler` and `Trainable`, and a `Density` where it has one
 
-so `models.ddpm.Model(models.ddpm.Config(), space)` builds a DDPM. All that the rest of the project knows about a model is
-in `models._protocol`.
+so `models.ddpm.Model(models.ddpm.Config(), space)` builds a DDPM. All that the rest of the project knows about a
+model is in `models._protocol`.
 """
 
 import importlib

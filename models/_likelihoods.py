@@ -1,4 +1,5 @@
-"""Likelihoods of 8-bit pixels: what a decoder's output means. Each is a distribution over the 256 levels: it sums to one.
+"""Likelihoods of 8-bit pixels: what a decoder's output means. Each is a distribution over the 256 levels: it sums to
+one.
 
 A network ends in `parameters` channels per pixel; a likelihood turns them into nats of an 8-bit image, into the image
 to show (the mean), or into a draw. All arithmetic is float32 whatever the autocast.

@@ -187,7 +187,8 @@ class Draw:
 
 @dataclass
 class Rows:
-    """A batch of independent chains: a dataclass of tensors whose dim 0 is the row (`models._rows` joins and splits it).
+    """A batch of independent chains: a dataclass of tensors whose dim 0 is the row (`models._rows` joins and splits
+    it).
 
     Families add their columns (x, solver coefficients, caches, ...): tensors, nested Rows, or tuples of them. Rows of
     one batch may differ in every column: nothing about a request is ever kept on the model.

@@ -127,7 +127,9 @@ def test_draws_images_that_are_a_function_of_the_request(server: Server) -> None
 
 
 def test_the_same_alone_and_amid_others_with_other_everything(server: Server) -> None:
-    """A crowd of 63 over both workers, of three models, other steps, solvers, labels and seeds, some of whom hang up midway."""
+    """A crowd of 63 over both workers, of three models, other steps, solvers, labels and seeds, some of whom hang up
+    midway.
+    """
     body = {"model": "chain", "n": 2, "seed": 11, "steps": 40, "solver": "ancestral", "label": 1, "guidance_scale": 2.0}
     alone = images(server.client.post("/generate", json=body))
     crowd: list[dict[str, Any]] = [

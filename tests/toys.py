@@ -1,4 +1,6 @@
-"""A tiny family for tests of the engine and the service: a chain that adds noise to a level set by the request, exactly computable."""
+"""A tiny family for tests of the engine and the service: a chain that adds noise to a level set by the request,
+exactly computable.
+"""
 
 from __future__ import annotations
 

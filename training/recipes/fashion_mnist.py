@@ -69,7 +69,7 @@ def gan() -> Run:
 
 
 def pixelcnn() -> Run:
-    """Class-conditional gated PixelCNN, nine dilated layers: 30 CPU minutes of one thread. Small batches learn fastest."""
+    """Class-conditional gated PixelCNN, nine dilated layers: 30 CPU minutes of a thread."""
     return Run(
         family="pixelcnn",
         config=models.pixelcnn.Config(),
