@@ -125,16 +125,16 @@ TRAIN, UNSEEN = gaussian(3000, 10), gaussian(1000, 11)
 def test_fresh_samples_do_not_count_as_copies() -> None:
     found = quality.memorisation(gaussian(500, 12), TRAIN, UNSEEN)
     assert found.p_value > 0.01
-    assert found.share < 0.03
+    assert found.share < 0.01
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 def test_planted_copies_fire(noise: float) -> None:
     samples = gaussian(500, 12)
-    planted = torch.arange(0, 500, 20)  # one in twenty
+    planted = torch.arange(0, 500, 50)  # one in fifty
     samples[planted] = TRAIN[planted] + noise * gaussian(len(planted), 13)
     found = quality.memorisation(samples, TRAIN, UNSEEN)
-    assert found.p_value < 1e-6
+    assert found.p_value < 1e-4
     assert (found.ratio[planted] < found.threshold).float().mean() > 0.9
     assert (found.neighbours[planted, 0] == planted).all()
     assert torch.isin(found.ratio.argsort()[: len(planted)], planted).float().mean() > 0.8

@@ -114,7 +114,7 @@ def _cautions(metrics: Mapping[str, Mapping[str, Any]], spec: Mapping[str, Any])
         )
         lines.append(
             f"- Memorisation: {copies['value']:.1%} of {copies['n']} samples stand out by their nearness to one "
-            f"training image, where 1 % of unseen images do (p = {copies['p_value']:.2g}): {verdict}. "
+            f"training image, where {copies['real']:.1%} of unseen images do (p = {copies['p_value']:.2g}): {verdict}. "
             "`neighbours.png` shows the eight that stand out most, each left of its nearest training images."
         )
     if spec["likelihood"] is not None:

@@ -19,7 +19,7 @@ from scipy.stats import betabinom
 from torch import Tensor
 
 NEAREST = 5  # k of density and coverage, the choice of their paper, and of the memorisation ratio
-SUSPICIOUS = 0.01  # share of unseen images that stand out as much as a sample that is counted as a copy
+SUSPICIOUS = 0.002  # share of unseen images that stand out as much as a sample that is counted: few, to see few copies
 CHUNK = 512  # rows of a distance matrix that are in memory at a time
 
 
@@ -79,11 +79,12 @@ class Memorisation:
     neighbours: Tensor  # (M, k + 1) int64: the nearest training images, nearest first
     threshold: float  # a sample whose ratio is below it stands out
     suspects: int  # samples that do
-    p_value: float  # chance of so many if samples were as far from the training images as unseen images are
+    expected: float  # share of suspects if samples were as far from the training images as unseen images are
+    p_value: float  # chance of so many suspects then
 
     @property
     def share(self) -> float:
-        """Share of samples that stand out; `SUSPICIOUS` is to be expected."""
+        """Share of samples that stand out."""
         return self.suspects / len(self.ratio)
 
 
@@ -101,7 +102,7 @@ def memorisation(samples: Tensor, train: Tensor, unseen: Tensor, k: int = NEARES
     threshold = float(null.sort().values[rank - 1])
     suspects = int((ratio < threshold).sum())
     p_value = float(betabinom.sf(suspects - 1, len(ratio), rank, len(null) + 1 - rank))
-    return Memorisation(ratio, neighbours, threshold, suspects, p_value)
+    return Memorisation(ratio, neighbours, threshold, suspects, rank / (len(null) + 1), p_value)
 
 
 def _ratio(distance: Tensor) -> Tensor:
