@@ -51,8 +51,8 @@ def realnvp() -> Run:
 def gan() -> Run:
     """Class-conditional GAN, hinge loss with lazy R1, projection critic: 15 CPU minutes of one thread.
 
-    One seed each, before the width was settled: a classifier agreed with the asked label on 892 of 1,000 samples after
-    454 steps at lr 1e-3 and penalty 0.3, and on 845 after 899 steps at lr 4e-4 and penalty 1.
+    A classifier (93.2 % on the real test set) agreed with the asked label on 951 of 1,000 samples at temperature 1, and on
+    988 at 0.7; within a class its features spread 0.94 times as far as those of real images.
     """
     return Run(
         family="gan",
