@@ -29,10 +29,12 @@ import models
 from models import vae
 from models._protocol import Batch
 from training import loop
+from training import state as states
 from training.config import AdamW, Run
 from training.errors import Diverged, RunError
 from training.loop import train
 from training.progress import Progress
+from training.state import State
 
 ROOT = Path(toy.__file__).parents[1]
 Objective = Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]
@@ -140,10 +142,21 @@ def test_a_stop_while_the_state_is_saved_leaves_the_last_state_or_the_new_one(
         left[0] -= 1
         return real(*args, **keywords)
 
+    saved: list[int] = []
+
+    def save(state: State, *args: Any) -> None:
+        real_save(state, *args)
+        saved.append(state.step)
+
+    real_save = states.save
     with monkeypatch.context() as patch:
         patch.setattr(owner, operation, stopping)
+        patch.setattr(states, "save", save)
         with pytest.raises(Stopped):
             go(tmp_path / "stopped", run)
+    places = [tmp_path / "stopped" / name / "state.json" for name in ("resume", "resume.previous")]
+    kept = [json.loads(file.read_text())["step"] for file in places if file.exists()]
+    assert max(kept, default=0) >= max(saved, default=0), "what was saved is never lost"
     assert_same(go(tmp_path / "stopped", run).state_dict(), straight.state_dict())
     assert_same(tensors(tmp_path / "stopped"), tensors(tmp_path / "straight"))
     assert {p.name for p in (tmp_path / "stopped").iterdir()} == {"resume"}

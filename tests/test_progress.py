@@ -31,10 +31,10 @@ def report_all(where: Progress, clock: list[float], first: int, last: int, secon
         assert shown.seconds() == 5.0 + seconds * (last - first) / 10
 
 
-def points(events: Path, tag: str) -> dict[int, float]:
+def points(events: Path, tag: str) -> list[tuple[int, float]]:
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
-    return {event.step: event.value for event in accumulator.Scalars(tag)}
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
 
 
 def test_a_log_file_gets_the_first_report_one_every_half_minute_and_the_last(
@@ -70,7 +70,7 @@ def test_an_error_gives_the_cursor_back_and_keeps_the_points(tmp_path: Path, clo
     shown.report(10, {"loss": 1.0})
     shown.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert out.getvalue().rstrip("\n").endswith("\x1b[?25h")
-    assert points(tmp_path, "loss") == {10: 1.0}
+    assert points(tmp_path, "loss") == [(10, 1.0)]
 
 
 def test_other_devices_show_and_write_nothing(tmp_path: Path, clock: list[float]) -> None:
@@ -85,5 +85,7 @@ def test_event_files_hold_every_report_once_even_after_a_resume(tmp_path: Path, 
     report_all(where, clock, 0, 70, seconds=2.0)
     clock[0] += 1000
     report_all(where, clock, 50, 100, seconds=4.0)  # steps 51 to 70 are taken a second time
-    assert points(tmp_path, "loss/linear") == {step: pytest.approx(1 / step) for step in range(10, 101, 10)}
-    assert points(tmp_path, "images_per_second") == {s: 40.0 if s <= 50 else 20.0 for s in range(10, 101, 10)}
+    steps, values = zip(*points(tmp_path, "loss/linear"), strict=True)
+    assert steps == tuple(range(10, 101, 10))
+    assert values == pytest.approx([1 / step for step in steps])
+    assert points(tmp_path, "images_per_second") == [(s, 40.0 if s <= 50 else 20.0) for s in range(10, 101, 10)]
