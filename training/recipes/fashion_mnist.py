@@ -51,7 +51,7 @@ def realnvp() -> Run:
 def gan() -> Run:
     """Class-conditional GAN, hinge loss with lazy R1, projection critic: 15 CPU minutes of one thread.
 
-    A classifier (93.2 % on the real test set) agreed with the asked label on 951 of 1,000 samples at temperature 1, and on
+    A classifier (93.2 % on the real test set) agreed with the asked label on 951 of 1,000 samples at temperature 1, on
     988 at 0.7; within a class its features spread 0.94 times as far as those of real images.
     """
     return Run(
