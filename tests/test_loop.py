@@ -317,6 +317,23 @@ def test_the_learning_rate_warms_up_in_a_line_and_decays_by_half_a_cosine(warmup
     assert {loop.lr_factor(constant, step) for step in range(warmup, steps)} <= {1.0}
 
 
+def test_a_restarted_run_begins_like_the_run_that_ends_there() -> None:
+    whole, first = toy_run(warmup=5, steps=60, restarts=(30, 50)), toy_run(warmup=5, steps=30)
+    factors = [loop.lr_factor(whole, step) for step in range(60)]
+    assert factors[:30] == [loop.lr_factor(first, step) for step in range(30)]
+    assert factors[30] == 0.5
+    assert factors[50] == 0.25
+    assert factors[30:50] == sorted(factors[30:50], reverse=True)
+    assert factors[49] < 0.01
+    assert loop.lr_factor(whole, 60) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("restarts", [(30, 20), (20, 20), (3,), (60,)])
+def test_restarts_lie_in_order_within_the_run(restarts: tuple[int, ...]) -> None:
+    with pytest.raises(RunError, match="restarts"):
+        toy_run(warmup=5, steps=60, restarts=restarts)
+
+
 def linear_pull(model: Model, batch: Batch) -> Objective:
     """A loss with gradient 1 on every weight of each group: Adam without memory then steps by the learning rate."""
     yield "conv", model.conv.weight.sum(), {}

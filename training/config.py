@@ -35,6 +35,7 @@ class Run:
     clip: float | None = 1.0  # largest gradient norm of a group
     warmup: int = 200  # steps of linear learning-rate warm-up
     decay: Literal["cosine", "constant"] = "cosine"  # to zero at the last step
+    restarts: tuple[int, ...] = ()  # steps at which the cosine begins anew, from half the height (arXiv 1608.03983)
     precision: Literal["bf16", "fp32"] = "bf16"  # autocast for the objective; weights and optimiser stay in float32
     channels_last: bool = False  # memory format of the convolutions
     seed: int = 0
@@ -44,6 +45,8 @@ class Run:
         for name, least in (("steps", 0), ("batch_size", 1), ("warmup", 0), ("checkpoint_every", 1)):
             if getattr(self, name) < least:
                 raise RunError(f"{name}: {getattr(self, name)}; at least {least}")
+        if list(self.restarts) != sorted({step for step in self.restarts if self.warmup < step < self.steps}):
+            raise RunError(f"restarts: {self.restarts}; rising, after the warm-up and before the last step")
         if not 0 <= self.ema < 1:
             raise RunError(f"ema: {self.ema} is not in [0, 1)")
         if self.clip is not None and not self.clip > 0:

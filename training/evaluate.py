@@ -160,7 +160,7 @@ def _quality(
             found.coverage, "share", "higher", against, n, real=_significant(floor.coverage), k=quality.NEAREST, **how
         ),
     }
-    if data.space.labels:
+    if any(draw.label >= 0 for draw in asked):
         agrees = (predicted.numpy() == np.array([draw.label for draw in asked])).astype(np.float64)
         metrics["label_agreement"] = _mean(
             agrees, "share", "higher", "samples of each class in turn", real=round(space.accuracy, 4), **how

@@ -62,12 +62,17 @@ def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress
 
 
 def lr_factor(run: Run, step: int) -> float:
-    """Linear warm-up over `run.warmup` steps, then constant, or half a cosine that reaches zero at `run.steps`."""
+    """Linear warm-up over `run.warmup` steps, then constant, or half a cosine that reaches zero at `run.steps`, and at each
+    of `run.restarts`, from where it begins anew at half the height.
+    """
     if step < run.warmup:
         return (step + 1) / run.warmup
     if run.decay == "constant":
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - run.warmup) / (run.steps - run.warmup)))
+    ends = (*run.restarts, run.steps)
+    cycle = next(k for k, end in enumerate(ends) if step < end or end == run.steps)
+    begin = (run.warmup, *run.restarts)[cycle]
+    return 0.5**cycle * 0.5 * (1 + math.cos(math.pi * (step - begin) / (ends[cycle] - begin)))
 
 
 @torch.no_grad()
