@@ -62,8 +62,8 @@ def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress
 
 
 def lr_factor(run: Run, step: int) -> float:
-    """Linear warm-up over `run.warmup` steps, then constant, or half a cosine that reaches zero at `run.steps`, and at each
-    of `run.restarts`, from where it begins anew at half the height.
+    """Linear warm-up over `run.warmup` steps, then constant, or half a cosine that reaches zero at `run.steps`, and at
+    each of `run.restarts`, from where it begins anew at half the height.
     """
     if step < run.warmup:
         return (step + 1) / run.warmup
