@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 
 from models import _checkpoint
 from models._protocol import Density, Draw, bits_per_dim
+from service.engine import Engine
+from service.messages import Failed, Generate, ImageDone, Message
 from training.data import Dataset
 from training.recipes import recipes
 
@@ -73,6 +76,47 @@ def test_the_likelihood_on_its_card_is_what_it_gives(folder: Path, fashion_mnist
     assert log_prob is not None
     bits = bits_per_dim(log_prob, model.spec.image.dims)
     assert float(bits.mean()) == pytest.approx(claimed, abs=4 * float(bits.std()) / 8)
+
+
+@pytest.mark.slow
+@checkpoints
+def test_a_request_gives_the_same_bytes_alone_and_amid_63_others(folder: Path) -> None:
+    """Others with other seeds, steps, solvers and labels, that join and leave midway; trained weights, the real engine."""
+    model = _checkpoint.load(folder)
+    spec = model.spec
+    rng = random.Random(0)
+
+    def request(k: int) -> Generate:
+        label = rng.randrange(spec.image.classes) if spec.image.labels else None
+        steps = rng.randint(spec.steps.min, min(spec.steps.max, spec.steps.min + 9))
+        guidance = 1.0 if spec.guidance_scale is None else rng.choice([1.0, spec.guidance_scale.default, 3.0])
+        solver = rng.choice(spec.solvers) if spec.solvers else None
+        return Generate(1, rng.getrandbits(64), steps, solver, label, None, guidance)
+
+    told: dict[str, list[bytes]] = {}
+
+    def tell(job: str, message: Message, final: bool) -> None:
+        assert not isinstance(message, Failed) or message.kind == "cancelled", message
+        if isinstance(message, ImageDone):
+            told.setdefault(job, []).append(message.pixels.tobytes())
+
+    engine = Engine(tell)
+    engine.put("m", "1", model)
+    mine = request(0)
+    engine.submit("alone", "m", mine)
+    while engine.step():
+        pass
+    others = [f"other{k}" for k in range(63)]
+    for k, name in enumerate(others):
+        if k == 31:
+            engine.submit("mine", "m", mine)
+        engine.submit(name, "m", request(k))
+        if k % 8 == 7:
+            engine.step()
+    engine.cancel("other7")
+    while "mine" not in told:
+        assert engine.step()
+    assert told["mine"] == told["alone"]
 
 
 @checkpoints
