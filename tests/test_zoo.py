@@ -81,7 +81,7 @@ def test_the_likelihood_on_its_card_is_what_it_gives(folder: Path, fashion_mnist
 @pytest.mark.slow
 @checkpoints
 def test_a_request_gives_the_same_bytes_alone_and_amid_63_others(folder: Path) -> None:
-    """Others with other seeds, steps, solvers and labels, that join and leave midway; trained weights, the real engine."""
+    """With other seeds, steps, solvers and labels, joining and leaving midway: trained weights, the real engine."""
     model = _checkpoint.load(folder)
     spec = model.spec
     rng = random.Random(0)
