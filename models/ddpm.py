@@ -125,8 +125,8 @@ class BoundRows(Rows):
     timesteps: Tensor  # (B, ticks) int64; the first is 1
     per_pixel: Tensor  # (B, H, W) nats so far
     reconstruction: Tensor  # (B,) L₀ in nats
-    last: Tensor  # (B,) the latest term, over the probability of its choice; nan before there is one
-    spread: Tensor  # (B,) sum of the squared differences between such terms that follow each other
+    latest: Tensor  # (B, 2) the latest two terms, each over the probability of its choice; nan before there are any
+    bends: Tensor  # (B,) sum of the squared second differences of such terms
     denoising_error: Tensor  # (B,) so far
 
 
@@ -311,8 +311,8 @@ class Model(BaseModel, Density):
             timesteps=F.pad(at + 2, (1, 0), value=1).clamp(max=self.config.timesteps),
             per_pixel=prior.sum(dim=1),
             reconstruction=nothing,
-            last=torch.full_like(nothing, math.nan),
-            spread=nothing.clone(),
+            latest=x0.new_full((b, 2), math.nan),
+            bends=nothing.clone(),
             denoising_error=nothing.clone(),
         )
 
@@ -336,8 +336,9 @@ class Model(BaseModel, Density):
         mse = (rows.x0 - x0).square().mean(dim=(1, 2, 3)) / (self.chosen[t] * noisier.sum())
         rows.per_pixel = rows.per_pixel + nats
         rows.reconstruction = torch.where(first, total, rows.reconstruction)
-        rows.spread = rows.spread + (total - rows.last).square().nan_to_num(0.0)
-        rows.last = torch.where(first, math.nan, total)
+        one_ago, two_ago = rows.latest.unbind(dim=1)
+        rows.bends = rows.bends + (total - 2 * one_ago + two_ago).square().nan_to_num(0.0)
+        rows.latest = torch.stack([torch.where(first, math.nan, total), one_ago], dim=1)
         rows.denoising_error = rows.denoising_error + torch.where(noisier[t], mse, 0.0)
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
@@ -351,13 +352,16 @@ class Model(BaseModel, Density):
         return torch.ones_like(out) * _column(torch.where(t == 1, 1.0, float(self.config.variance == "large")))
 
     def score(self, rows: BoundRows) -> Score:
-        """`stderr` is that of the choice of terms and of their noise, without that of L₀; from successive differences,
-        so rather too large than too small. Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean
-        squared error of x̂₀ on the scale [−1, 1] over the timesteps that have more noise than signal."""
+        """The bound. `stderr` is that of the choice of terms and of their noise, without that of L₀: from second differences
+        of the terms, which leave out that they fall with t, and rather too large than too small.
+
+        Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean squared error of x̂₀ on the scale [−1, 1] over
+        the timesteps that have more noise than signal.
+        """
         terms = self.config.bound_steps - 1
         return Score(
             log_prob=-rows.per_pixel.sum(dim=(1, 2)),
-            stderr=(rows.spread * terms / (2 * (terms - 1))).sqrt(),
+            stderr=(rows.bends * terms / (6 * (terms - 2))).sqrt(),
             per_pixel=-rows.per_pixel,
             statistics={"reconstruction": rows.reconstruction, "denoising_error": rows.denoising_error},
         )
@@ -415,5 +419,5 @@ def _validate(config: Config, space: ImageSpace) -> None:
         raise ValueError(f"guidance_scale: {config.guidance_scale} is not in 0 … {MAX_GUIDANCE:g}")
     if not 1 <= config.default_steps <= config.timesteps:
         raise ValueError(f"default_steps: {config.default_steps} is not in 1 … timesteps = {config.timesteps}")
-    if not 3 <= config.bound_steps <= config.timesteps:
-        raise ValueError(f"bound_steps: {config.bound_steps} is not in 3 … timesteps = {config.timesteps}")
+    if not 4 <= config.bound_steps <= config.timesteps:
+        raise ValueError(f"bound_steps: {config.bound_steps} is not in 4 … timesteps = {config.timesteps}")

@@ -540,7 +540,7 @@ def test_what_becomes_of_a_row_does_not_depend_on_how_many_there_are() -> None:
         ({"detail_periods": (0.0,)}, "detail_periods: "),
         ({"guidance_scale": -1.0}, "guidance_scale: -1.0"),
         ({"default_steps": 1001}, "default_steps: 1001"),
-        ({"bound_steps": 2}, "bound_steps: 2"),
+        ({"bound_steps": 3}, "bound_steps: 3 is not in 4 … timesteps = 1000"),
         ({"timesteps": 0}, "timesteps: 0"),
     ],
 )
