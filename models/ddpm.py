@@ -352,11 +352,11 @@ class Model(BaseModel, Density):
         return torch.ones_like(out) * _column(torch.where(t == 1, 1.0, float(self.config.variance == "large")))
 
     def score(self, rows: BoundRows) -> Score:
-        """The bound. `stderr` is that of the choice of terms and of their noise, without that of L₀: from second differences
-        of the terms, which leave out that they fall with t, and rather too large than too small.
+        """The bound. `stderr` is that of the choice of terms and of their noise, without that of L₀: from second
+        differences of the terms, which leave out that they fall with t, and rather too large than too small.
 
-        Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean squared error of x̂₀ on the scale [−1, 1] over
-        the timesteps that have more noise than signal.
+        Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean squared error of x̂₀ on the scale [−1, 1]
+        over the timesteps that have more noise than signal.
         """
         terms = self.config.bound_steps - 1
         return Score(
