@@ -353,7 +353,7 @@ class Model(BaseModel, Density):
 
     def score(self, rows: BoundRows) -> Score:
         """The bound. `stderr` is that of the choice of terms and of their noise, without that of L₀: from second
-        differences of the terms, which leave out that they fall with t, and rather too large than too small.
+        differences of the terms, which leave out that they fall with t.
 
         Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean squared error of x̂₀ on the scale [−1, 1]
         over the timesteps that have more noise than signal.

