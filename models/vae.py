@@ -208,6 +208,8 @@ class BoundRows(Rows):
 class Model(_protocol.Model, _protocol.Density):
     """A VAE. A sample is one pass of the decoder; a score is an importance-weighted bound."""
 
+    prior_logits: Tensor
+
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
         _check(config, space)
@@ -231,7 +233,10 @@ class Model(_protocol.Model, _protocol.Density):
         if space.labels:
             self.label_features = nn.Embedding(rows, e)
         k, d = config.prior_components, config.latent
-        self.prior_logits = nn.Parameter(torch.zeros(rows, k))
+        if k > 1:
+            self.prior_logits = nn.Parameter(torch.zeros(rows, k))
+        else:  # the weight of an only component is 1: nothing to learn
+            self.register_buffer("prior_logits", torch.zeros(rows, k), persistent=False)
         # Means apart, that components may come to differ; near enough for each to get its share of the codes.
         self.prior_mean = nn.Parameter(0.25 * torch.randn(rows, k, d) if k > 1 else torch.zeros(rows, k, d))
         self.prior_log_std = nn.Parameter(torch.zeros(rows, k, d))

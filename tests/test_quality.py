@@ -23,7 +23,7 @@ from training import measure, pictures, quality
 from training.card import card
 from training.data import Dataset, Split
 from training.errors import DataError
-from training.evaluate import Settings, evaluate, metric
+from training.evaluate import Settings, evaluate, matched, metric
 from training.features import FeatureConfig, FeatureSpace, feature_space
 
 
@@ -240,6 +240,45 @@ def test_a_likelihood_is_measured_on_the_first_images(digits: Dataset) -> None:
     few = measure.log_probs(model, test, labelled=True, limit=20, batch=7)
     np.testing.assert_allclose(few, whole[:20], rtol=1e-5)
     assert not np.allclose(few, measure.log_probs(model, test, labelled=False, limit=20))
+
+
+def test_sets_of_real_images_are_disjoint_and_of_the_same_classes(digits: Dataset) -> None:
+    train = digits.splits["train"]
+    labels = np.array([0, 1, 2, 2, 2, 9] * 5)
+    sets = matched(train, labels, 4)
+    assert len(sets) == 4
+    for index in sets:
+        assert np.array_equal(np.sort(train.labels[index]), np.sort(labels))
+    assert len(np.unique(np.concatenate(sets))) == 4 * len(labels)
+    any_class = matched(train, np.full(300, UNLABELLED), 99)
+    assert len(any_class) == len(train) // 300
+    assert len(np.unique(np.concatenate(any_class))) == 300 * len(any_class)
+
+
+def test_a_floor_of_matched_classes_is_lower_than_one_of_random_classes() -> None:
+    """Clusters far apart, as classes are: the shares of the classes alone make a distance."""
+    labels = torch.randint(0, 4, (4000,), generator=torch.Generator().manual_seed(1))
+    features = gaussian(4000, 2, 4) + 10 * torch.eye(4)[labels]
+    split = Split(np.zeros((4000, 1, 1, 1), np.uint8), labels.numpy())
+
+    def floor(asked: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
+        real, *others = (features[index] for index in matched(split, asked, 8))
+        return float(np.mean([quality.frechet_distance(real, other) for other in others]))
+
+    assert floor(np.arange(400) % 4) < 0.5 * floor(np.full(400, UNLABELLED))
+
+
+def test_a_model_without_labels_has_no_label_agreement(digits: Dataset, tmp_path: Path) -> None:
+    """Even where its data has labels. And what a likelihood took long to measure can be kept."""
+    model, config = tiny_vae(ImageSpace(8, 8, 1))
+    old: dict[str, object] = {"value": 5.0, "unit": "bits/dim", "direction": "lower", "data": "kept", "n": 1}
+    about = {"data": digits.description, "metrics": {"bits_per_dim": old, "label_agreement": old}}
+    _checkpoint.save(tmp_path / "model", model, config, about)
+    few = Settings(samples=60, unseen=100, likelihood=False)
+    metrics = evaluate(tmp_path / "model", settings=few, features_dir=tmp_path / "features")
+    assert "label_agreement" not in metrics
+    assert metrics["bits_per_dim"] == old
+    assert "bits_per_dim_gap" not in metrics
 
 
 @pytest.fixture(scope="module")

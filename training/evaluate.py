@@ -7,6 +7,7 @@ how many images it was measured on, `real` what as many real images reach.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from models import _checkpoint
-from models._protocol import JSON, Draw, Model, Spec, bits_per_dim
+from models._protocol import JSON, UNLABELLED, Draw, Model, Spec, bits_per_dim
 from training import data as datasets
 from training import pictures, quality
 from training.card import card
@@ -41,11 +43,13 @@ class Settings:
     train_images: int = 2_000  # for the gap between training and test
     evaluations: int = 256_000  # network evaluations that a likelihood may take, over all its images
     unseen: int = 5_000  # held-out images that the memorisation test is calibrated on
+    likelihood: bool = True  # False: keep the likelihoods that model.json has, and measure all else anew
     batch: int = 64
     seed: int = 0
 
 
 COLUMNS = 8  # of the sheets
+FLOORS = 8  # sets of real images whose mean is printed beside the samples' quality
 
 
 def evaluate(
@@ -71,11 +75,15 @@ def evaluate(
     bars = _Bars(console)
     with bars.task("feature network") as report:
         space = feature_space(data, folder=features_dir, report=report)
-    n = min(settings.samples, len(data.splits["train"]) // 2)  # two halves of as many training images are the floor
+    n = min(settings.samples, _comparable(data.splits["train"], model.spec))
     asked = draws(model.spec, n, settings.seed, data.splits["test"].captions)
     with bars.task("samples") as report:
         samples = sample(model, asked, settings.batch, report)
-    metrics = _likelihood(model, data, settings, bars) | _quality(samples, asked, data, space)
+    if settings.likelihood:
+        metrics = _likelihood(model, data, settings, bars)
+    else:
+        metrics = {name: entry for name, entry in about["metrics"].items() if name.startswith("bits_per_dim")}
+    metrics |= _quality(samples, asked, data, space)
     with bars.task("memorisation"):
         copies = quality.memorisation(
             quality.flat(samples),
@@ -132,40 +140,70 @@ def _likelihood(model: Model, data: Dataset, settings: Settings, bars: _Bars) ->
 # ------------------------------------------------------------------------------------------- quality, copies and speed
 
 
+def _comparable(train: Split, spec: Spec) -> int:
+    """The most samples to which two disjoint sets of training images of the same classes can be found."""
+    if not spec.image.labels:
+        return len(train) // 2
+    rarest = int(np.bincount(train.labels, minlength=spec.image.classes).min())
+    return spec.image.classes * (rarest // 2)
+
+
+def matched(split: Split, labels: NDArray[np.int64], most: int) -> list[NDArray[np.intp]]:
+    """Indices of disjoint sets of images, each with as many of every class as `labels` (-1: of any class): as many sets
+    as there are images for, at most `most`. Samples are compared with sets of the same classes, because by chance alone
+    the shares of the classes differ between random sets, which weighs as much as all else in a Fréchet distance."""
+    classes, counts = np.unique(labels, return_counts=True)
+    pools = [np.flatnonzero(split.labels == c) if c != UNLABELLED else np.arange(len(split)) for c in classes]
+    sets = min(most, *(len(pool) // m for pool, m in zip(pools, counts, strict=True)))
+    return [
+        np.concatenate([pool[i * m : (i + 1) * m] for pool, m in zip(pools, counts, strict=True)]) for i in range(sets)
+    ]
+
+
 def _quality(
     samples: NDArray[np.uint8], asked: Sequence[Draw], data: Dataset, space: FeatureSpace
 ) -> dict[str, Metric]:
-    """FD-local, density and coverage against as many training images, and what as many other training images reach."""
+    """FD-local, density and coverage against as many training images of the same classes, and beside it the mean (and
+    the spread) of what other such sets of training images reach."""
     n, train = len(samples), data.splits["train"]
+    labels = np.array([draw.label for draw in asked])
     fake, predicted = space.describe(samples)
-    real, _ = space.describe(train.x[:n])
-    other, _ = space.describe(train.x[n : 2 * n])
-    found, floor = quality.density_coverage(real, fake), quality.density_coverage(real, other)
-    against = f"{data.name} train"
+    real, *others = (space.describe(train.x[index])[0] for index in matched(train, labels, 1 + FLOORS))
+    found, floors = _compare(real, fake), [_compare(real, other) for other in others]
     how: Metric = {"network_sha256": space.sha256[:16], "network_accuracy": round(space.accuracy, 4)}
-    metrics = {
-        "fd_local": metric(
-            quality.frechet_distance(real, fake),
-            "squared distance",
-            "lower",
-            against,
+    metrics: dict[str, Metric] = {}
+    for name, unit, direction in (
+        ("fd_local", "squared distance", "lower"),
+        ("density", "ratio", "higher"),
+        ("coverage", "share", "higher"),
+    ):
+        floor = [values[name] for values in floors]
+        metrics[name] = metric(
+            found[name],
+            unit,
+            direction,
+            f"{data.name} train",
             n,
-            real=_significant(quality.frechet_distance(real, other)),
+            real=_significant(statistics.fmean(floor)),
+            real_std=_significant(statistics.pstdev(floor)),
+            real_sets=len(floor),
             **how,
-        ),
-        "density": metric(
-            found.density, "ratio", "higher", against, n, real=_significant(floor.density), k=quality.NEAREST, **how
-        ),
-        "coverage": metric(
-            found.coverage, "share", "higher", against, n, real=_significant(floor.coverage), k=quality.NEAREST, **how
-        ),
-    }
-    if any(draw.label >= 0 for draw in asked):
-        agrees = (predicted.numpy() == np.array([draw.label for draw in asked])).astype(np.float64)
+        )
+    if (labels != UNLABELLED).all():
+        agrees = (predicted.numpy() == labels).astype(np.float64)
         metrics["label_agreement"] = _mean(
             agrees, "share", "higher", "samples of each class in turn", real=round(space.accuracy, 4), **how
         )
     return metrics
+
+
+def _compare(real: Tensor, fake: Tensor) -> dict[str, float]:
+    found = quality.density_coverage(real, fake)
+    return {
+        "fd_local": quality.frechet_distance(real, fake),
+        "density": found.density,
+        "coverage": found.coverage,
+    }
 
 
 def _memorised(copies: quality.Memorisation, data: Dataset) -> Metric:

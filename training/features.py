@@ -120,7 +120,16 @@ def feature_space(
         accuracy = float(opened.metadata()["accuracy"])
     network.load_state_dict(load_file(file))
     network.eval().requires_grad_(False)
-    return FeatureSpace(network, task, accuracy, hashlib.sha256(file.read_bytes()).hexdigest())
+    return FeatureSpace(network, task, accuracy, _fingerprint(network))
+
+
+def _fingerprint(network: FeatureNetwork) -> str:
+    """sha256 of the weights. Not of the file: safetensors writes metadata in an order that changes from save to save."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _build(space: ImageSpace, task: Literal["labels", "rotations"], config: FeatureConfig) -> FeatureNetwork:

@@ -27,7 +27,9 @@ def vae() -> Run:
     """Class-conditional VAE, categorical pixels (the digits use 17 of the 256 levels): a minute or two."""
     return Run(
         family="vae",
-        config=models.vae.Config(latent=16, width=32, blocks=1, hidden=128, likelihood="categorical"),
+        config=models.vae.Config(
+            latent=16, width=32, blocks=1, hidden=128, prior_components=8, likelihood="categorical"
+        ),
         data="digits",
         steps=2_000,
         batch_size=64,
