@@ -335,8 +335,7 @@ def test_one_step_of_training_lowers_a_loss_and_reaches_every_parameter(name: st
 
 @families
 def test_the_engine_serves_it(name: str, make: Callable[[str], Model]) -> None:
-    """Through the one engine, unchanged: drawn amid others equals drawn alone; scored in a burst equals scored alone.
-    """
+    """Through the one engine: drawn amid others equals drawn alone; scored in a burst equals scored alone."""
     model = make(name)
     spec = model.spec
     told: dict[str, list[Message]] = {}

@@ -121,7 +121,7 @@ def _about(name: str, run: Run, dataset: data.Dataset, seconds: float, devices: 
     return {
         "data": dataset.description,
         "recipe": {"name": name, **run.to_json()},
-        "training": {"seconds": round(seconds, 1), "devices": devices},
+        "training": {"seconds": round(seconds, 4), "devices": devices},
         "revision": _revision(),
         "metrics": {},
     }

@@ -124,7 +124,7 @@ def feature_space(
 
 
 def _fingerprint(network: FeatureNetwork) -> str:
-    """sha256 of the weights. Not of the file: safetensors writes metadata in an order that changes from save to save."""
+    """sha256 of the weights. Not of the file: safetensors writes metadata in an order that changes with every save."""
     sha = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)}\n".encode())
