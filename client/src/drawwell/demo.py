@@ -22,7 +22,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
-    from rich.table import Table
+    from rich.table import Column, Table
 except ImportError as error:
     raise SystemExit("the demo shows its progress with `rich`: pip install 'drawwell[demo]'") from error
 
@@ -82,7 +82,7 @@ def draw(well: Client, console: Console, models: Sequence[Model], out: Path, n: 
     out.mkdir(parents=True, exist_ok=True)
     drawn = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    table = Table("model", "family", "steps", "seconds", "images/s", "saved as")
+    table = Table(Column("model", overflow="fold"), "steps", "seconds", "images/s", Column("saved as", overflow="fold"))
     with Bar(*columns, console=console, transient=True) as bar:
         for model in models:
             task = bar.add_task(f"{model.id} draws {n} images", total=None)
@@ -99,7 +99,7 @@ def draw(well: Client, console: Console, models: Sequence[Model], out: Path, n: 
             path = out / f"{model.id}.png"
             images.grid(scale=max(1, 96 // max(images.size))).save(path)
             steps_taken = _plural(images.steps, model.steps.unit if model.steps else "step")
-            table.add_row(model.id, images.family, steps_taken, f"{seconds:.2f}", f"{n / seconds:.1f}", str(path))
+            table.add_row(model.id, steps_taken, f"{seconds:.2f}", f"{n / seconds:.1f}", str(path))
     console.print(f"\n{n} images by each model, seed {seed}")
     console.print(table)
     return drawn
