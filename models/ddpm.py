@@ -43,6 +43,7 @@ PREDICTIONS = ("epsilon", "x0", "v")
 MAX_BETA = 0.999  # of the cosine schedule (2102.09672, §3.2)
 MIN_ERROR = 0.01  # least r as a part of the greatest: to the 8-bit grid a tenth of the last noise is a point mass
 UNKNOWN = (0.02, 0.3)  # variances of a pixel whose neighbours tell much, and of one whose neighbours tell little
+MAX_LOGIT = 8.0  # of r in training: halfway between two levels E[e² | x_t] exceeds 1, and logits would grow without end
 VARIANCE_WEIGHT = 0.1  # of the loss that r is learnt from: it shapes the same layers as the prediction
 MAX_GUIDANCE = 10.0
 OFFSET, BOUND_NOISE = 0, 1  # draws of a score's noise
@@ -248,7 +249,8 @@ class Model(BaseModel, Density):
             e2 = (alpha / sigma * (x0 - estimate)).square()
             part = e2 / _column(self.greatest_error[t])
             metrics["epsilon_mse"] = e2.mean()
-            loss = loss + VARIANCE_WEIGHT * F.binary_cross_entropy_with_logits(out[:, self.channels :], part)
+            logits = out[:, self.channels :].clamp(max=MAX_LOGIT)
+            loss = loss + VARIANCE_WEIGHT * F.binary_cross_entropy_with_logits(logits, part)
         yield "network", loss, metrics
 
     # ---- sampling

@@ -468,6 +468,18 @@ def test_training_lowers_the_loss() -> None:
     assert sum(history[-5:]) < 0.75 * sum(history[:5])
 
 
+def test_pixels_that_cannot_be_told_do_not_drive_the_variance_without_end() -> None:
+    """Where the squared error is expected to exceed the greatest r, the cross-entropy alone has no minimum."""
+    model = ddpm.Model(TINY, SPACE)
+    batch = Batch(pictures(16), torch.arange(16) % 3)
+    with torch.no_grad():
+        model.network.out.bias[1] = 1e6  # type: ignore[index]
+    loss = losses(model, batch)
+    assert 0 < float(loss.detach()) < 10
+    (gradient,) = torch.autograd.grad(loss, model.network.out.bias)  # type: ignore[arg-type]
+    assert gradient[1] == 0
+
+
 def test_labels_that_are_hidden_teach_the_null_label_alone() -> None:
     torch.manual_seed(0)
     model = ddpm.Model(dataclasses.replace(TINY, label_dropout=0.0), SPACE)
