@@ -46,7 +46,10 @@ def vae() -> Run:
 
 
 def realnvp() -> Run:
-    """RealNVP with learnt channel mixing, eight couplings on two scales: half a minute. Longer, it learns by heart."""
+    """RealNVP with learnt channel mixing, eight couplings on two scales: half a minute.
+
+    Reached 4.28 bits/dim on the 300 test images, 0.08 above the training images'. Larger or longer, it learns by heart.
+    """
     return Run(
         family="realnvp",
         config=models.realnvp.Config(couplings=(4, 4), widths=(32, 32)),
