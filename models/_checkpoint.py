@@ -2,7 +2,7 @@
 
     model.json             Spec, family config, image space, what training tells of itself (data, recipe, revision,
                            metrics), and the sha256 of every other file
-    weights.safetensors    every tensor that sampling and scoring need
+    weights.safetensors    every tensor that sampling and scoring need; matrices of weights in 32 or 16 bits
     ...                    calibration.safetensors, samples.png, README.md, as training adds them
 
 No pickle anywhere. A folder whose hashes, shapes or dtypes do not match is refused with a `CheckpointError` that
@@ -36,16 +36,24 @@ class CheckpointError(Exception):
     """A checkpoint folder that cannot be used: the message names the file and what differs."""
 
 
-def save(folder: Path, model: Model, config: Any, about: Mapping[str, Any]) -> None:
+def save(folder: Path, model: Model, config: Any, about: Mapping[str, Any], half: bool = False) -> None:
     """Write weights and model.json, replacing them where they are there. Each file appears whole or not at all, and
     model.json last, so that a reader never accepts half a checkpoint. Other files of the folder are no longer listed:
     they were made for other weights.
 
     config: the family's Config that the model was built from. about: JSON for data, recipe, revision, metrics, ...
+    half: store parameters of two and more dimensions in 16 bits, in half the space; `load` makes them float32 again.
+    Buffers and vectors stay as they are. Raises `ValueError` for a weight beyond float16's range.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    matrices = {name for name, p in model.named_parameters() if half and p.dim() > 1}
     # Clones, because safetensors refuses tensors that share memory (tied weights).
-    weights = format_tensors({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()})
+    weights = format_tensors(
+        {
+            name: _halved(name, t) if name in matrices else t.detach().cpu().contiguous().clone()
+            for name, t in model.state_dict().items()
+        }
+    )
     write_file(folder / WEIGHTS, weights)
     described = {
         "format": FORMAT,
@@ -142,6 +150,15 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _halved(name: str, weight: torch.Tensor) -> torch.Tensor:
+    half = weight.detach().cpu().contiguous().half()
+    if not half.isfinite().all():
+        raise ValueError(
+            f"{name}: a weight of {float(weight.abs().max()):.4g} does not fit into 16 bits; at most 65504"
+        )
+    return half
+
+
 def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
@@ -149,7 +166,8 @@ def _check_tensors(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
             f"{WEIGHTS}: missing {missing[:3]}, unexpected {extra[:3]} ({len(missing)} and {len(extra)} in all)"
         )
     for name, tensor in expected.items():
-        if tensor.shape != found[name].shape or tensor.dtype != found[name].dtype:
+        dtypes = (torch.float32, torch.float16) if tensor.dtype == torch.float32 else (tensor.dtype,)
+        if tensor.shape != found[name].shape or found[name].dtype not in dtypes:
             raise CheckpointError(
                 f"{WEIGHTS}: {name} is {tuple(found[name].shape)} {found[name].dtype}, "
                 f"its config makes it {tuple(tensor.shape)} {tensor.dtype}"

@@ -104,6 +104,7 @@ class Spec:
     likelihood: Likelihood | None = None
     guidance_scale: Range | None = None
     temperature: Range | None = None
+    top_k: int | None = None  # the most likely values of a token that a request may confine it to: 1 … top_k
     prediction: Literal["epsilon", "x0", "v"] | None = None  # what a diffusion network predicts
 
     def accepts(self) -> dict[str, JSON]:
@@ -128,6 +129,8 @@ class Spec:
                     "maximum": allowed.max,
                     "default": allowed.default,
                 }
+        if self.top_k is not None:
+            fields["top_k"] = {"type": "integer", "minimum": 1, "maximum": self.top_k, "default": self.top_k}
         return fields
 
     def to_json(self) -> dict[str, JSON]:
@@ -183,6 +186,7 @@ class Draw:
     prompt: str | None = None
     guidance_scale: float = 1.0
     temperature: float = 1.0
+    top_k: int | None = None  # None: the Spec's, which leaves every value possible
 
 
 @dataclass

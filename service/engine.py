@@ -385,11 +385,22 @@ class _Drawing(_Program):
     def rows_of(self, task: Generate) -> list[_DrawRow]:
         spec = self._model.spec
         label = UNLABELLED if task.label is None else task.label
-        guided = spec.guidance_scale is not None and task.guidance_scale != 1 and label != UNLABELLED
+        conditioned = label != UNLABELLED or task.prompt is not None
+        guided = spec.guidance_scale is not None and task.guidance_scale != 1 and conditioned
         evaluations = task.steps * spec.steps.network_evaluations_per_step * (2 if guided else 1)
         return [
             _DrawRow(
-                Draw(task.seed, k, task.steps, task.solver, label, task.prompt, task.guidance_scale, task.temperature),
+                Draw(
+                    task.seed,
+                    k,
+                    task.steps,
+                    task.solver,
+                    label,
+                    task.prompt,
+                    task.guidance_scale,
+                    task.temperature,
+                    task.top_k,
+                ),
                 task.preview_every,
                 evaluations,
             )

@@ -28,6 +28,7 @@ class Generate:
     prompt: str | None = None
     guidance_scale: float = 1.0
     temperature: float = 1.0
+    top_k: int | None = None
     preview_every: int | None = None  # steps between previews; None: no previews
 
 

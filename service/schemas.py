@@ -68,6 +68,7 @@ class GenerateRequest(JobOptions):
     prompt: str | None = Field(None, description="a caption")
     guidance_scale: float | None = Field(None, description="strength of classifier-free guidance; 1: none")
     temperature: float | None = Field(None, description="below 1: less varied than the model")
+    top_k: int | None = Field(None, description="draw each token among its k most likely values only")
     format: Format = Field("png", description="how images are encoded; npy: uint8 (height, width, channels)")
     preview_every: int | None = Field(
         None, description="steps between the previews of a stream; not given: no previews"

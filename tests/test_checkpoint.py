@@ -103,6 +103,27 @@ def test_tied_weights_and_other_layouts_are_written(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
+def test_half_storage_rounds_matrices_alone_and_loads_as_float32(tmp_path: Path) -> None:
+    model = made()
+    _checkpoint.save(tmp_path / "whole", model, CONFIG, ABOUT_IT)
+    _checkpoint.save(tmp_path / "half", model, CONFIG, ABOUT_IT, half=True)
+    again = _checkpoint.load(tmp_path / "half")
+    shapes = {name: p.dim() for name, p in model.named_parameters()}
+    for name, tensor in model.state_dict().items():
+        expected = tensor.half().to(tensor.dtype) if shapes.get(name, 0) > 1 else tensor
+        assert torch.equal(again.state_dict()[name], expected), name
+        assert again.state_dict()[name].dtype == tensor.dtype
+    assert (tmp_path / "half" / WEIGHTS).stat().st_size < 0.7 * (tmp_path / "whole" / WEIGHTS).stat().st_size
+
+
+def test_a_weight_that_half_storage_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = made()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.dim() > 1).fill_(1e6)
+    with pytest.raises(ValueError, match="65504"):
+        _checkpoint.save(tmp_path / "m", model, CONFIG, ABOUT_IT, half=True)
+
+
 def test_saving_again_forgets_files_made_for_other_weights(folder: Path) -> None:
     _checkpoint.update(folder, {}, {"calibration.safetensors": b"of the first weights"})
     _checkpoint.save(folder, made(seed=1), CONFIG, {})

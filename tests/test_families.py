@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,11 @@ from service.messages import Completed, Generate, ImageDone, Message, Scored, Sc
 
 LABELLED = ImageSpace(width=8, height=8, channels=1, labels=("a", "b", "c"))
 
-# Family -> a configuration that runs in milliseconds, and the images it is for.
+CAPTIONED = ImageSpace(width=8, height=8, channels=3, captions=True)
+CAPTIONS = ("a red circle", "two blue squares", "a small green triangle above a red square", "a circle")
+
+# Case -> a configuration that runs in milliseconds, and the images it is for. A case is a family, or one of several
+# models that a family's Config chooses between: "vae", "vae:hierarchical".
 TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
     "ddpm": ({"channels": 16, "multipliers": (1, 2), "bound_steps": 5}, LABELLED),
     "gan": (
@@ -38,8 +43,27 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
 
 SIZE = 16
 
-families = pytest.mark.parametrize("name", models.family_names())
-densities = pytest.mark.parametrize("name", [n for n in models.family_names() if n != "gan"])
+
+def family_of(case: str) -> ModuleType:
+    return models.family(case.partition(":")[0])
+
+
+def untrained(case: str) -> Model:
+    config, space = TINY[case]
+    module = family_of(case)
+    model: Model = module.Model(module.Config(**config), space)
+    return model
+
+
+def examples(n: int, space: ImageSpace) -> Batch:
+    """Training data: pictures, and their labels or captions."""
+    labels = torch.arange(n) % space.classes if space.labels else torch.full((n,), UNLABELLED)
+    captions = tuple(CAPTIONS[k % len(CAPTIONS)] for k in range(n)) if space.captions else ()
+    return Batch(pictures(n, space), labels, captions)
+
+
+families = pytest.mark.parametrize("name", sorted(TINY))
+densities = pytest.mark.parametrize("name", [c for c in sorted(TINY) if untrained(c).spec.likelihood is not None])
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +73,10 @@ def make() -> Callable[[str], Model]:
 
     def build(name: str) -> Model:
         if name not in made:
-            config, space = TINY[name]
-            module = models.family(name)
             torch.manual_seed(0)
-            model: Model = module.Model(module.Config(**config), space)
-            batch = Batch(pictures(8, space), torch.arange(8) % space.classes)
+            model = untrained(name)
             with torch.no_grad():
-                model.prepare([batch])
+                model.prepare([examples(8, model.spec.image)])
                 for parameter in model.parameters():
                     parameter.add_(0.05 * torch.randn_like(parameter))
             made[name] = model.eval().requires_grad_(False)
@@ -88,6 +109,8 @@ def draws(model: Model, n: int, seed: int = 0) -> list[Draw]:
                 if spec.guidance_scale is None
                 else rng.choice([1.0, spec.guidance_scale.default, 2.0]),
                 temperature=1.0 if spec.temperature is None else rng.choice([1.0, 0.7, spec.temperature.default]),
+                prompt=rng.choice([None, *CAPTIONS]) if spec.image.captions else None,
+                top_k=None if spec.top_k is None else rng.choice([None, 1, spec.top_k // 2, spec.top_k]),
             )
         )
     return out
@@ -104,12 +127,12 @@ def levels(image: torch.Tensor) -> np.ndarray:
 
 
 def test_every_family_found_has_a_tiny_configuration() -> None:
-    assert sorted(TINY) == models.family_names()
+    assert sorted({case.partition(":")[0] for case in TINY}) == models.family_names()
 
 
 @families
 def test_a_family_knows_torch_and_what_families_share_and_nothing_else(name: str) -> None:
-    tree = ast.parse(Path(models.family(name).__file__ or "").read_text(encoding="utf-8"))
+    tree = ast.parse(Path(family_of(name).__file__ or "").read_text(encoding="utf-8"))
     known = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -123,14 +146,14 @@ def test_a_family_knows_torch_and_what_families_share_and_nothing_else(name: str
 @families
 def test_the_spec_is_json_and_its_schemas_are_schemas(name: str, make: Callable[[str], Model]) -> None:
     spec = make(name).spec
-    assert spec.family == name
+    assert spec.family == name.partition(":")[0]
     assert json.loads(json.dumps(spec.to_json())) == spec.to_json()
     assert 1 <= spec.steps.min <= spec.steps.default <= spec.steps.max
     for field, schema in spec.accepts().items():
         Draft202012Validator.check_schema(schema)
         if "default" in schema:
             Draft202012Validator(schema).validate(schema["default"])
-        assert field in ("steps", "solver", "label", "prompt", "guidance_scale", "temperature")
+        assert field in ("steps", "solver", "label", "prompt", "guidance_scale", "temperature", "top_k")
 
 
 @families
@@ -228,6 +251,8 @@ def test_different_seeds_samples_and_labels_give_different_images(name: str, mak
     asked = [Draw(1, 0, label=label, **base), Draw(2, 0, label=label, **base), Draw(1, 1, label=label, **base)]
     if "label" in spec.accepts():
         asked.append(Draw(1, 0, label=1, **base))
+    if "prompt" in spec.accepts():
+        asked += [Draw(1, 0, prompt=caption, **base) for caption in CAPTIONS[:2]]
     images = model.image(finish(model, model.init(asked)))
     for i in range(1, len(asked)):
         assert not torch.equal(images[0], images[i])
@@ -237,7 +262,7 @@ def test_different_seeds_samples_and_labels_give_different_images(name: str, mak
 @torch.inference_mode()
 def test_save_load_sample_again(name: str, make: Callable[[str], Model], tmp_path: Path) -> None:
     model = make(name)
-    config = models.family(name).Config(**TINY[name][0])
+    config = family_of(name).Config(**TINY[name][0])
     _checkpoint.save(tmp_path / "m", model, config, {"metrics": {}})
     again = _checkpoint.load(tmp_path / "m")
     assert again.spec == model.spec
@@ -304,14 +329,11 @@ def test_an_image_has_one_score(name: str, make: Callable[[str], Model]) -> None
 
 @families
 def test_one_step_of_training_lowers_a_loss_and_reaches_every_parameter(name: str) -> None:
-    config, space = TINY[name]
-    module = models.family(name)
     torch.manual_seed(0)
-    model: Model = module.Model(module.Config(**config), space).train()
-    x = pictures(16, space)
-    labels = torch.arange(16) % space.classes
+    model = untrained(name).train()
+    batch = examples(16, model.spec.image)
     with torch.no_grad():
-        model.prepare([Batch(x, labels)])
+        model.prepare([batch])
     groups = model.groups()
     owners = {id(p): g for g, ps in groups.items() for p in ps}
     assert set(owners) == {id(p) for p in model.parameters() if p.requires_grad}
@@ -319,7 +341,7 @@ def test_one_step_of_training_lowers_a_loss_and_reaches_every_parameter(name: st
     optimisers = {g: torch.optim.Adam(ps, lr=1e-3) for g, ps in groups.items()}
     touched: set[int] = set()
     for step in range(12):
-        for group, loss, metrics in model.objective(Batch(x, labels, step=step, steps=12)):
+        for group, loss, metrics in model.objective(dataclasses.replace(batch, step=step, steps=12)):
             assert loss.dim() == 0
             assert loss.isfinite()
             assert all(m.dim() == 0 and not m.requires_grad for m in metrics.values())
@@ -351,6 +373,7 @@ def test_the_engine_serves_it(name: str, make: Callable[[str], Model]) -> None:
             d.prompt,
             d.guidance_scale,
             d.temperature,
+            d.top_k,
         )
         for k, d in enumerate(draws(model, 6, seed=5))
     }

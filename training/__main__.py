@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     state = train(run, dataset, out, fabric, Progress(out / "events", console, quiet=not fabric.is_global_zero))
     if fabric.is_global_zero:
         about = _about(args.recipe, run, dataset, state.seconds, f"{fabric.world_size} × {fabric.device.type}")
-        _checkpoint.save(out, state.average, run.config, about)
+        _checkpoint.save(out, state.average, run.config, about, half=run.storage == "fp16")
         console.print(
             f"checkpoint in {out}; measure it with: python -m training evaluate {out}",
             markup=False,

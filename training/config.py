@@ -36,6 +36,7 @@ class Run:
     warmup: int = 200  # steps of linear learning-rate warm-up
     decay: Literal["cosine", "constant"] = "cosine"  # to zero at the last step
     restarts: tuple[int, ...] = ()  # steps at which the cosine begins anew, from half the height (arXiv 1608.03983)
+    storage: Literal["fp32", "fp16"] = "fp32"  # of the exported weight matrices; computing stays in float32
     precision: Literal["bf16", "fp32"] = "bf16"  # autocast for the objective; weights and optimiser stay in float32
     channels_last: bool = False  # memory format of the convolutions
     seed: int = 0

@@ -27,7 +27,7 @@ router = APIRouter(tags=["images"])
 
 _PNG = images.MEDIA_TYPES["png"]
 _PICKED_SEEDS = 2**53  # JavaScript's numbers hold every integer below
-_MODEL_FIELDS = ("steps", "solver", "label", "prompt", "guidance_scale", "temperature")
+_MODEL_FIELDS = ("steps", "solver", "label", "prompt", "guidance_scale", "temperature", "top_k")
 _LIMITED_FIELDS = ("n", "preview_every", "timeout")
 
 
@@ -133,6 +133,7 @@ async def _resolve(body: GenerateRequest, services: Services, *, streamed: bool)
         prompt=values["prompt"],
         guidance_scale=guidance,
         temperature=1.0 if values["temperature"] is None else float(values["temperature"]),
+        top_k=values["top_k"],
         preview_every=body.preview_every if streamed else None,  # no other answer has a place for them
     )
     # Guidance asks the network twice a step: with the condition, and without.

@@ -35,6 +35,7 @@ class GenerateSettings(TypedDict, total=False):
     solver: str | None
     guidance_scale: float | None
     temperature: float | None
+    top_k: int | None
     priority: Literal["interactive", "batch"]
     timeout: float | None  # seconds after which the server shall give the request up
 
