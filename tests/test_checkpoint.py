@@ -211,7 +211,7 @@ NAME = "encoder.out.bias"
         (lambda t: t.pop(NAME), rf"missing \['{NAME}'\], unexpected \[\]"),
         (lambda t: t.update(spare=torch.zeros(1)), r"missing \[\], unexpected \['spare'\]"),
         (lambda t: t.update({NAME: torch.zeros(5)}), rf"{NAME} is \(5,\) torch.float32, its config makes it \(4,\)"),
-        (lambda t: t.update({NAME: t[NAME].half()}), rf"{NAME} is \(4,\) torch.float16, .* \(4,\) torch.float32"),
+        (lambda t: t.update({NAME: t[NAME].double()}), rf"{NAME} is \(4,\) torch.float64, .* \(4,\) torch.float32"),
     ],
     ids=["missing", "extra", "shape", "dtype"],
 )
