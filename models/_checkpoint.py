@@ -46,7 +46,7 @@ def save(folder: Path, model: Model, config: Any, about: Mapping[str, Any], half
     Buffers and vectors stay as they are. Raises `ValueError` for a weight beyond float16's range.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    matrices = {name for name, p in model.named_parameters() if half and p.dim() > 1}
+    matrices = _matrices(model) if half else {}
     # Clones, because safetensors refuses tensors that share memory (tied weights).
     weights = format_tensors(
         {
@@ -63,6 +63,13 @@ def save(folder: Path, model: Model, config: Any, about: Mapping[str, Any], half
         "spec": model.spec.to_json(),
     }
     _write_about(folder, {**described, **about, "files": {WEIGHTS: _sha256(weights)}})
+
+
+@torch.no_grad()
+def round_to_half(model: Model) -> None:
+    """Give every weight the value that it will have after `save(half=True)` and `load`, in place. Raises as they do."""
+    for name, weight in _matrices(model).items():
+        weight.copy_(_halved(name, weight))
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> Model:
@@ -148,6 +155,10 @@ def _read(folder: Path, name: str, about: Mapping[str, Any]) -> bytes:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _matrices(model: Model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.dim() > 1}
 
 
 def _halved(name: str, weight: torch.Tensor) -> torch.Tensor:

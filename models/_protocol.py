@@ -3,7 +3,7 @@
     Draw        what one image of a request asks for          Rows      a batch of independent chains, one per row
     Sampler     init(draws) -> Rows, step(rows) -> Rows, image(rows)
     Density     score_init(x, labels) -> Rows, score_step(rows) -> Rows, score(rows) -> Score
-    Trainable   prepare(batches), groups(), objective(batch) -> yields (group, loss)
+    Trainable   prepare(batches), groups(), objective(batch) -> yields (group, loss), conclude(batches)
     Spec        frozen and JSON: what the model is and what a request may set
 
 Conventions, for every family:
@@ -365,6 +365,14 @@ class Trainable(abc.ABC):
         so a generator's loss is computed after the critic's update. Randomness is torch's global generator. `metrics`
         are scalars
         to log, by name; the loop reads them now and then only."""
+
+    def conclude(self, batches: Iterable[Batch]) -> None:
+        """Called once after the last step, on the averaged weights as they will be stored, with one pass over the
+        training data: what is computed from finished weights and kept as buffers (a partition function, the statistics
+        of codes, ...). Not a parameter may change. Randomness is torch's global generator, seeded by the run, so that
+        the result follows from the weights. Draw only as many batches as needed.
+        """
+        return
 
 
 class Model(nn.Module, Sampler, Trainable):

@@ -79,6 +79,7 @@ def make() -> Callable[[str], Model]:
                 model.prepare([examples(8, model.spec.image)])
                 for parameter in model.parameters():
                     parameter.add_(0.05 * torch.randn_like(parameter))
+                model.conclude([examples(8, model.spec.image)])
             made[name] = model.eval().requires_grad_(False)
         return made[name]
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from toy_training import Config, Model, toy_run
 
 import models
-from models import vae
+from models import _checkpoint, vae
 from models._protocol import Batch
 from training import loop
 from training import state as states
@@ -238,6 +238,26 @@ def test_preparation_sees_the_training_data_once_and_a_resumed_run_not_at_all(
     assert go(tmp_path, toy_run(batch_size=16)).prepared == toy.SIZE
     monkeypatch.setattr(Model, "prepare", lambda self, batches: stop(self))
     assert go(tmp_path, toy_run(batch_size=16)).prepared == toy.SIZE
+
+
+@pytest.mark.parametrize("storage", ["fp32", "fp16"])
+def test_the_conclusion_sees_the_data_once_and_the_averaged_weights_as_they_are_stored(
+    tmp_path: Path, storage: Literal["fp32", "fp16"]
+) -> None:
+    run = toy_run(batch_size=16, storage=storage)
+    first = go(tmp_path, run)
+    weight = tensors(tmp_path)["average.conv.weight"].flatten()[0]
+    stored = weight.half().float() if storage == "fp16" else weight
+    assert first.concluded[:3].tolist() == [toy.SIZE, run.steps, stored]
+    assert tensors(tmp_path)["average.concluded"].tolist() == [0, 0, 0, 0], "no resumed run concludes twice"
+    torch.manual_seed(7)
+    assert_same(go(tmp_path, run).state_dict(), first.state_dict())
+
+
+def test_what_is_concluded_from_is_what_is_loaded(tmp_path: Path) -> None:
+    model = go(tmp_path, toy_run(storage="fp16"))
+    _checkpoint.save(tmp_path / "m", model, Config(), {}, half=True)
+    assert_same(_checkpoint.load(tmp_path / "m").state_dict(), model.state_dict())
 
 
 def test_a_run_of_no_steps_is_its_preparation(tmp_path: Path) -> None:
@@ -562,6 +582,7 @@ def test_two_devices_take_the_steps_of_one_with_the_whole_batch(two_devices: Pat
     first, second = devices(two_devices / "plain")
     assert_same(first, second)
     assert one.keys() == first.keys()
+    assert one.pop("average.concluded").eq(0).all(), "the state that is resumed from is not concluded, the devices' is"
     for name, tensor in one.items():
         assert (tensor - first[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
 

@@ -49,6 +49,7 @@ class Model(_protocol.Model):
     chain: Tensor
     seen: Tensor
     prepared: Tensor
+    concluded: Tensor
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
@@ -60,11 +61,17 @@ class Model(_protocol.Model):
         self.register_buffer("chain", torch.zeros(4))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("prepared", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("concluded", torch.zeros(4))  # images and steps seen, a weight and a random number
         self.register_buffer("fixed", torch.arange(3.0), persistent=False)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         self.prepared += sum(len(batch.x) for batch in batches)
         self.conv.bias.uniform_()  # type: ignore[union-attr]
+
+    def conclude(self, batches: Iterable[Batch]) -> None:
+        images, steps = zip(*((len(batch.x), batch.step) for batch in batches), strict=True)
+        weight = float(self.conv.weight.flatten()[0])
+        self.concluded += torch.tensor([sum(images), max(steps), weight, float(torch.rand(()))])
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"conv": [*self.conv.parameters(), self.unused], "linear": list(self.linear.parameters())}

@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import models
+from models import _checkpoint
 from models._protocol import Batch, Model
 from training import state as states
 from training.config import Run
@@ -27,7 +28,7 @@ CHECK_EVERY = 50  # steps between reads of the loss: a read waits for the device
 
 
 def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress) -> State:
-    """Train to the end of the run, taking up where out/resume left off. The result is the state's `average`.
+    """Train to the end of the run, taking up where out/resume left off. The result is the state's `average`, concluded.
 
     On one machine the result is the same bit for bit, whether the run was interrupted or not. Raises `Diverged`, and
     `RunError` where the run cannot begin.
@@ -58,6 +59,8 @@ def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress
             if save:
                 state.seconds = clock.seconds()
                 states.save(state, run, out, fabric)
+        _conclude(state.average, data.splits["train"], run, fabric)
+        state.seconds = clock.seconds()
     return state
 
 
@@ -107,7 +110,7 @@ def _begin(run: Run, data: Dataset, out: Path, fabric: Fabric) -> State:
         raise RunError(f"optimisers: the run has {sorted(run.optimisers)}, {run.family} has groups {sorted(groups)}")
     if not resuming:
         with torch.no_grad():
-            model.prepare(_preparation(split, run, fabric))
+            model.prepare(_one_pass(split, run, 0, fabric))
     optimisers = {
         name: torch.optim.AdamW(groups[name], lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
         for name, o in run.optimisers.items()
@@ -119,10 +122,23 @@ def _begin(run: Run, data: Dataset, out: Path, fabric: Fabric) -> State:
     return state
 
 
-def _preparation(split: Split, run: Run, fabric: Fabric) -> Iterator[Batch]:
-    """One pass over the training data, the same on every device."""
-    for step in range(math.ceil(len(split) / run.batch_size)):
-        yield _on_device(batches(split, run.batch_size, run.seed, step), run, 0, fabric)
+def _one_pass(split: Split, run: Run, at: int, fabric: Fabric) -> Iterator[Batch]:
+    """One pass over the training data when `at` steps are taken, the same on every device."""
+    for part in range(math.ceil(len(split) / run.batch_size)):
+        yield _on_device(batches(split, run.batch_size, run.seed, part), run, at, fabric)
+
+
+# ------------------------------------------------------------------------------------------------------------------ end
+
+
+def _conclude(model: Model, split: Split, run: Run, fabric: Fabric) -> None:
+    """What the model computes once from its finished weights. The state that is resumed from holds none of it: a
+    finished run that is taken up again computes it again, to the same result."""
+    if run.storage == "fp16":
+        _checkpoint.round_to_half(model)
+    torch.manual_seed(run.seed)  # the same on every device
+    with torch.no_grad():
+        model.conclude(_one_pass(split, run, run.steps, fabric))
 
 
 # ------------------------------------------------------------------------------------------------------------- one step
