@@ -4,6 +4,8 @@
     Sampler     init(draws) -> Rows, step(rows) -> Rows, image(rows)
     Density     score_init(x, labels) -> Rows, score_step(rows) -> Rows, score(rows) -> Score
     Trainable   prepare(batches), groups(), objective(batch) -> yields (group, loss), conclude(batches)
+    Denoiser    denoised(x, sigma, labels, guidance): what a student learns from
+    Autoencoder reconstruct(x, labels): what its codes keep of an image
     Spec        frozen and JSON: what the model is and what a request may set
 
 Conventions, for every family:
@@ -332,6 +334,33 @@ def bits_per_dim(log_prob: Tensor, dims: int) -> Tensor:
     return -log_prob / (dims * math.log(2))
 
 
+# --------------------------------------------------------------------------------------------------------- capabilities
+
+
+class Denoiser(abc.ABC):
+    """Guesses the image under any amount of noise, in terms that all families share: so that one model can learn from
+    another without knowing its schedule, its scalings or what its network predicts."""
+
+    @abc.abstractmethod
+    def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
+        """x̂₀ (B, C, H, W) on the scale [−1, 1], as E[x₀ | x, label] where the model has learnt it well.
+
+        x = x₀ + σ ε (B, C, H, W) with x₀ on the scale [−1, 1] and ε standard normal: variance-exploding, unscaled.
+        sigma (B,) > 0; labels (B,), -1 without; guidance (B,), 1 the plain conditional model. Each row has its own.
+        A σ beyond what the model was trained at is treated as the nearest that was. With it, dx/dσ = (x − x̂₀) / σ is
+        the probability-flow ODE (arXiv 2206.00364, eq. 1 and 3).
+        """
+
+
+class Autoencoder(abc.ABC):
+    """A model that generates through codes of images. No sample can be expected to look better than what comes back
+    from the code of a real image."""
+
+    @abc.abstractmethod
+    def reconstruct(self, x: Tensor, labels: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1]: images x (B, C, H, W), labels (B,), coded and decoded, deterministically."""
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 
@@ -344,10 +373,16 @@ class Batch:
     captions: tuple[str, ...] = ()
     step: int = 0  # optimisation steps taken so far
     steps: int = 1  # the run's total: schedules and stages follow step / steps
+    teacher: Denoiser | None = None  # frozen; comes with the batch, so that a student never holds or exports it
 
 
 class Trainable(abc.ABC):
     """The objective sits beside the model; the loop keeps what is not the paper: optimiser, EMA, precision, ..."""
+
+    def begin_from(self, teacher: Model) -> None:
+        """Called once before `prepare` where the run names a teacher, a `Denoiser` of the same images: take over what
+        weights fit. Every batch then brings the teacher. Raises `ValueError` where the family has no use for one."""
+        raise ValueError("teacher: this family learns from data alone")
 
     def prepare(self, batches: Iterable[Batch]) -> None:
         """Called once before the first step with one pass over the training data: data-dependent initialisation, or all

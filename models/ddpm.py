@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from models import _random, _solvers
 from models._nn import UNet, guided
-from models._protocol import Batch, Density, Draw, ImageSpace, Likelihood, Range, Rows, Score, Spec, Steps
+from models._protocol import Batch, Denoiser, Density, Draw, ImageSpace, Likelihood, Range, Rows, Score, Spec, Steps
 from models._protocol import Model as BaseModel
 
 SOLVERS = ("ddim", "ancestral", "dpm-solver++")
@@ -131,7 +131,7 @@ class BoundRows(Rows):
     denoising_error: Tensor  # (B,) so far
 
 
-class Model(BaseModel, Density):
+class Model(BaseModel, Density, Denoiser):
     """U-Net, forward process, objective, samplers and bound."""
 
     alpha: Tensor  # (T + 1,) each, by t = 0 … T
@@ -223,6 +223,20 @@ class Model(BaseModel, Density):
         if self.config.prediction == "v":
             return alpha * noise - sigma * x0
         return x0
+
+    def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
+        """The network's x̂₀ at x / √(1 + σ²), which has this model's α and σ, at the time where σ_t / α_t = σ."""
+        alpha = (1 + sigma.square()).rsqrt()
+        here = _column(alpha) * x
+        out = guided(self._evaluate, here, self._time(sigma), labels, guidance)
+        return self._x0(out[:, : self.channels], here, _column(alpha), _column(alpha * sigma))
+
+    def _time(self, ratio: Tensor) -> Tensor:
+        """t / T where σ_t / α_t = ratio (B,): t in 1 … T, in between by its logarithm."""
+        known, asked = (self.sigma[1:] / self.alpha[1:]).log(), ratio.log()
+        t = torch.searchsorted(known, asked).clamp(1, self.config.timesteps - 1)  # of the timestep below
+        share = (asked - known[t - 1]) / (known[t] - known[t - 1])
+        return (t + share.clamp(0, 1)) / self.config.timesteps
 
     # ---- training
 

@@ -205,7 +205,7 @@ class BoundRows(Rows):
     drawn: Tensor  # (B,) int64: importance samples so far
 
 
-class Model(_protocol.Model, _protocol.Density):
+class Model(_protocol.Model, _protocol.Density, _protocol.Autoencoder):
     """A VAE. A sample is one pass of the decoder; a score is an importance-weighted bound."""
 
     prior_logits: Tensor

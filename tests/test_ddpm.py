@@ -303,6 +303,31 @@ def naive_bound(model: ddpm.Model, x: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_as_a_denoiser_it_meets_its_own_timesteps_and_moves_smoothly_between_them(
+    prediction: str, schedule: str
+) -> None:
+    model = moved(prediction=prediction, schedule=schedule, clip=False)
+    T = model.config.timesteps
+    t = torch.tensor([1, 2, 40, 500, 900, T - 1])
+    alpha, sigma = (part[t].float() for part in ddpm.signal_and_noise(schedule, T))
+    x0, labels = 2 * pictures(6) - 1, torch.tensor([0, 1, 2, 0, 1, UNLABELLED])
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    column = (6, 1, 1, 1)
+    x = alpha.view(column) * x0 + sigma.view(column) * noise
+    out = guided(model._evaluate, x, t / T, labels, torch.full((6,), 2.0))
+    expected = model._x0(out[:, :1], x, alpha.view(column), sigma.view(column))
+    ratio = sigma / alpha
+    seen = model.denoised(x / alpha.view(column), ratio, labels, torch.full((6,), 2.0))
+    torch.testing.assert_close(seen, expected, rtol=2e-3, atol=2e-3)
+    between = model._time(torch.logspace(-5, 6, 10_000))
+    assert (between.diff() >= 0).all()
+    assert between[0] * T == pytest.approx(1, abs=1e-4)
+    assert between[-1] == 1
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("variance", ["learned", "small", "large"])
 @pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
 def test_the_full_bound_is_the_paper_s(variance: str, prediction: str) -> None:

@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 
 import models
 from models import _checkpoint, _rows
-from models._protocol import UNLABELLED, Batch, Density, Draw, ImageSpace, Model, Rows
+from models._protocol import UNLABELLED, Autoencoder, Batch, Denoiser, Density, Draw, ImageSpace, Model, Rows
 from service.engine import Engine
 from service.messages import Completed, Generate, ImageDone, Message, Scored, ScoreImages
 
@@ -326,6 +326,46 @@ def test_an_image_has_one_score(name: str, make: Callable[[str], Model]) -> None
     apart = torch.cat([model.log_prob(x[k : k + 1].expand(8, -1, -1, -1)).log_prob[:1] for k in range(8)])
     torch.testing.assert_close(together, flipped.flip(0), rtol=0, atol=0)
     torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+@families
+@torch.inference_mode()
+def test_a_denoiser_takes_any_noise_row_by_row(name: str, make: Callable[[str], Model]) -> None:
+    model = make(name)
+    if not isinstance(model, Denoiser):
+        pytest.skip("no denoiser")
+    x0 = 2 * pictures(SIZE, model.spec.image) - 1
+    sigma = torch.logspace(-3, 3, SIZE)
+    labels = torch.arange(SIZE) % (model.spec.image.classes + 1) - 1
+    guidance = torch.tensor([1.0, 2.0]).repeat_interleave(4).repeat(SIZE // 8)
+    x = x0 + sigma[:, None, None, None] * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    denoised = model.denoised(x, sigma, labels, guidance)
+    assert denoised.shape == x.shape
+    assert denoised.dtype == torch.float32
+    assert denoised.isfinite().all()
+    order = torch.randperm(SIZE, generator=torch.Generator().manual_seed(2))
+    again = model.denoised(x[order], sigma[order], labels[order], guidance[order])
+    torch.testing.assert_close(again, denoised[order])
+    unlabelled = torch.full_like(labels, UNLABELLED)
+    by_guidance = [model.denoised(x, sigma, unlabelled, torch.full((SIZE,), g)) for g in (1.0, 3.0)]
+    torch.testing.assert_close(*by_guidance)
+
+
+@families
+@torch.inference_mode()
+def test_an_autoencoder_gives_images_back_one_by_one(name: str, make: Callable[[str], Model]) -> None:
+    model = make(name)
+    if not isinstance(model, Autoencoder):
+        pytest.skip("no autoencoder")
+    x = pictures(8, model.spec.image, seed=6)
+    labels = torch.arange(8) % (model.spec.image.classes + 1) - 1
+    back = model.reconstruct(x, labels)
+    assert back.shape == x.shape
+    assert back.isfinite().all()
+    assert back.min() >= 0
+    assert back.max() <= 1
+    torch.testing.assert_close(model.reconstruct(x.flip(0), labels.flip(0)), back.flip(0))
+    assert torch.equal(model.reconstruct(x, labels), back), "no noise in it"
 
 
 @families

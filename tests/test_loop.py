@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from toy_training import Config, Model, toy_run
 
 import models
-from models import _checkpoint, vae
-from models._protocol import Batch
+from models import _checkpoint, _protocol, vae
+from models._protocol import Batch, Denoiser, ImageSpace
 from training import loop
 from training import state as states
 from training.config import AdamW, Run
@@ -258,6 +258,81 @@ def test_what_is_concluded_from_is_what_is_loaded(tmp_path: Path) -> None:
     model = go(tmp_path, toy_run(storage="fp16"))
     _checkpoint.save(tmp_path / "m", model, Config(), {}, half=True)
     assert_same(_checkpoint.load(tmp_path / "m").state_dict(), model.state_dict())
+
+
+class Student(Model, Denoiser):
+    """The toy, as a student and as its own teacher."""
+
+    def begin_from(self, teacher: _protocol.Model) -> None:
+        assert self.prepared == 0
+        with torch.no_grad():
+            self.linear.weight.copy_(teacher.get_parameter("linear.weight"))
+
+    def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
+        return x
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(toy, "Model", Student)
+    torch.manual_seed(11)
+    _checkpoint.save(tmp_path / "teacher", Student(Config(), toy.SPACE), Config(), {"metrics": {}})
+    return tmp_path / "teacher"
+
+
+def test_a_student_begins_from_its_teacher_meets_it_with_every_batch_and_never_holds_it(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _checkpoint.load(teacher)
+    seen: list[Denoiser | None] = []
+
+    def objective(model: Model, batch: Batch) -> Objective:
+        if batch.step == 0:
+            assert torch.equal(model.linear.weight, first.get_parameter("linear.weight"))
+        seen.append(batch.teacher)
+        yield from toy.two_losses(model, batch)
+
+    monkeypatch.setattr(toy, "objective", objective)
+    run = toy_run(teacher=str(teacher), checkpoint_every=5)
+    straight = go(tmp_path / "straight", run)
+    assert straight.state_dict().keys() == first.state_dict().keys()
+    assert len(seen) == run.steps
+    assert len({id(each) for each in seen}) == 1
+    assert isinstance(seen[0], Student)
+    assert not seen[0].training
+    assert not any(p.requires_grad for p in seen[0].parameters())
+    assert_same(seen[0].state_dict(), first.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "objective", at_step(10, stop))
+        with pytest.raises(Stopped):
+            go(tmp_path / "stopped", run)
+    monkeypatch.setattr(Student, "begin_from", stop)
+    assert_same(go(tmp_path / "stopped", run).state_dict(), straight.state_dict())
+
+
+def test_a_run_is_not_taken_up_with_another_teacher(tmp_path: Path, teacher: Path) -> None:
+    run = toy_run(teacher=str(teacher))
+    go(tmp_path / "out", run)
+    go(tmp_path / "out", toy_run(teacher=str(shutil.copytree(teacher, tmp_path / "moved"))))
+    _checkpoint.save(teacher, Student(Config(), toy.SPACE), Config(), {})
+    with pytest.raises(RunError, match=r"the state of another run \(teacher differ\)"):
+        go(tmp_path / "out", run)
+
+
+def test_a_teacher_that_cannot_teach_is_refused_by_what_is_wrong(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RunError, match="teacher: 'nobody' is no checkpoint folder, and zoo/ has none of that name"):
+        go(tmp_path / "out", toy_run(teacher="nobody"))
+    _checkpoint.save(tmp_path / "small", Student(Config(), ImageSpace(4, 4, 2, ("a", "b", "c"))), Config(), {})
+    with pytest.raises(RunError, match="small: its images or labels are not those of the data"):
+        go(tmp_path / "out", toy_run(teacher=str(tmp_path / "small")))
+    monkeypatch.setattr(Student, "begin_from", Model.begin_from)
+    with pytest.raises(RunError, match="toy: teacher: this family learns from data alone"):
+        go(tmp_path / "out", toy_run(teacher=str(teacher)))
+    monkeypatch.setattr(toy, "Model", Model)
+    with pytest.raises(RunError, match="teacher: a toy is no denoiser"):
+        go(tmp_path / "out", toy_run(teacher=str(teacher)))
 
 
 def test_a_run_of_no_steps_is_its_preparation(tmp_path: Path) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import toy_training as toy
+from torch import Tensor
 
 import models
 import training.__main__ as command
 from models import _checkpoint
-from models._protocol import Batch, ImageSpace
+from models._protocol import Batch, Denoiser, ImageSpace, Model
 from training import data
+from training.card import card
 from training.recipes import recipes
 
 ROOT = Path(command.__file__).parents[1]
@@ -91,6 +93,28 @@ def test_run_trains_exports_and_says_where(
     assert about["training"]["seconds"] > 0
     assert about["metrics"] == {}
     assert list((tmp_path / "runs" / recipe / "events").iterdir())
+
+
+@pytest.mark.usefixtures("_toys")
+def test_model_json_and_the_card_name_the_teacher_and_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Student(toy.Model, Denoiser):
+        def begin_from(self, teacher: Model) -> None:
+            """Nothing of it."""
+
+        def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
+            return x
+
+    monkeypatch.setattr(toy, "Model", Student)
+    _checkpoint.save(tmp_path / "wise", Student(toy.Config(), toy.SPACE), toy.Config(), {})
+    run = toy.toy_run(teacher=str(tmp_path / "wise"), steps=5)
+    monkeypatch.setattr(command, "recipes", lambda: {"toy": lambda: run})
+    assert command.main(["run", "toy", "--accelerator", "cpu", "--out", str(tmp_path / "out")]) == 0
+    about = _checkpoint.read_about(tmp_path / "out")
+    sha256 = _checkpoint.read_about(tmp_path / "wise")["files"]["weights.safetensors"]
+    assert about["teacher"] == {"name": "wise", "sha256": sha256}
+    assert f"- teacher: wise, weights sha256 `{sha256[:16]}…`" in card("out", about)
 
 
 def recipes_of(recipe: str) -> object:

@@ -7,7 +7,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,9 @@ from training import data
 from training.config import Run
 from training.errors import RunError, TrainingError
 from training.recipes import recipes
+
+if TYPE_CHECKING:
+    from training.state import State
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,7 +109,7 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     fabric.launch()
     state = train(run, dataset, out, fabric, Progress(out / "events", console, quiet=not fabric.is_global_zero))
     if fabric.is_global_zero:
-        about = _about(args.recipe, run, dataset, state.seconds, f"{fabric.world_size} × {fabric.device.type}")
+        about = _about(args.recipe, run, dataset, state, f"{fabric.world_size} × {fabric.device.type}")
         _checkpoint.save(out, state.average, run.config, about, half=run.storage == "fp16")
         console.print(
             f"checkpoint in {out}; measure it with: python -m training evaluate {out}",
@@ -116,12 +119,14 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         )
 
 
-def _about(name: str, run: Run, dataset: data.Dataset, seconds: float, devices: str) -> dict[str, Any]:
-    """What model.json says of the training: data, recipe, cost, revision."""
+def _about(name: str, run: Run, dataset: data.Dataset, state: State, devices: str) -> dict[str, Any]:
+    """What model.json says of the training: data, recipe, teacher, cost, revision."""
+    taught = {"teacher": {"name": state.teacher.name, "sha256": state.teacher.sha256}} if state.teacher else {}
     return {
         "data": dataset.description,
         "recipe": {"name": name, **run.to_json()},
-        "training": {"seconds": round(seconds, 4), "devices": devices},
+        **taught,
+        "training": {"seconds": round(state.seconds, 4), "devices": devices},
         "revision": _revision(),
         "metrics": {},
     }

@@ -99,6 +99,8 @@ def _training(about: Mapping[str, Any], data: Mapping[str, Any], recipe: Mapping
             f"- {recipe['steps']:,} steps of {recipe['batch_size']} images, "
             f"{recipe['precision']}, seed {recipe['seed']}"
         )
+    if "teacher" in about:
+        lines.append(f"- teacher: {about['teacher']['name']}, weights sha256 `{about['teacher']['sha256'][:16]}…`")
     lines.append(f"- network and objective: `{json.dumps(about['config'])}`")
     if about.get("revision"):
         lines.append(f"- revision `{about['revision'][:12]}`")

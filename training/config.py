@@ -31,6 +31,7 @@ class Run:
     optimisers: Mapping[str, AdamW] = field(
         default_factory=dict
     )  # by parameter group, the same names as `Model.groups()`
+    teacher: str | None = None  # a checkpoint to learn from beside the data: a folder, or the name of one in zoo/
     ema: float = 0.999  # decay of the exponential moving average of the weights, which is what is exported
     clip: float | None = 1.0  # largest gradient norm of a group
     warmup: int = 200  # steps of linear learning-rate warm-up

@@ -18,11 +18,13 @@ import models
 from models import _checkpoint
 from models._protocol import Batch, Model
 from training import state as states
+from training import teacher as teachers
 from training.config import Run
 from training.data import Dataset, Split, batches
 from training.errors import Diverged, RunError
 from training.progress import Progress
 from training.state import State
+from training.teacher import Teacher
 
 CHECK_EVERY = 50  # steps between reads of the loss: a read waits for the device
 
@@ -36,7 +38,7 @@ def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress
     state = _begin(run, data, out, fabric)
     finite = torch.ones((), dtype=torch.bool, device=fabric.device)
     with progress.start(run, done=state.step, seconds=state.seconds) as clock:
-        for batch in _stream(data.splits["train"], run, state.step, fabric):
+        for batch in _stream(data.splits["train"], run, state, fabric):
             values: dict[str, Tensor] = {}
             for name, optimiser in state.optimisers.items():
                 optimiser.param_groups[0]["lr"] = run.optimisers[name].lr * lr_factor(run, state.step)
@@ -59,7 +61,7 @@ def train(run: Run, data: Dataset, out: Path, fabric: Fabric, progress: Progress
             if save:
                 state.seconds = clock.seconds()
                 states.save(state, run, out, fabric)
-        _conclude(state.average, data.splits["train"], run, fabric)
+        _conclude(state, data.splits["train"], run, fabric)
         state.seconds = clock.seconds()
     return state
 
@@ -105,58 +107,69 @@ def _begin(run: Run, data: Dataset, out: Path, fabric: Fabric) -> State:
         raise RunError(f"{run.family}: {e}") from e
     if run.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher = teachers.load(run.teacher, data.space, fabric.device) if run.teacher is not None else None
     groups = model.groups()
     if groups.keys() != run.optimisers.keys():
         raise RunError(f"optimisers: the run has {sorted(run.optimisers)}, {run.family} has groups {sorted(groups)}")
     if not resuming:
         with torch.no_grad():
-            model.prepare(_one_pass(split, run, 0, fabric))
+            if teacher is not None:
+                _begin_from(teacher, model, run)
+            model.prepare(_one_pass(split, run, 0, teacher, fabric))
     optimisers = {
         name: torch.optim.AdamW(groups[name], lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
         for name, o in run.optimisers.items()
     }
-    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimisers)
+    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimisers, teacher)
     torch.manual_seed(run.seed * 100_003 + 1 + fabric.global_rank)  # from here on, each device its own noise
     if resuming:
         states.resume(state, run, out, fabric)
     return state
 
 
-def _one_pass(split: Split, run: Run, at: int, fabric: Fabric) -> Iterator[Batch]:
+def _begin_from(teacher: Teacher, model: Model, run: Run) -> None:
+    try:
+        model.begin_from(teacher.model)
+    except ValueError as e:
+        raise RunError(f"{run.family}: {e}") from e
+
+
+def _one_pass(split: Split, run: Run, at: int, teacher: Teacher | None, fabric: Fabric) -> Iterator[Batch]:
     """One pass over the training data when `at` steps are taken, the same on every device."""
     for part in range(math.ceil(len(split) / run.batch_size)):
-        yield _on_device(batches(split, run.batch_size, run.seed, part), run, at, fabric)
+        yield _on_device(batches(split, run.batch_size, run.seed, part), run, at, teacher, fabric)
 
 
 # ------------------------------------------------------------------------------------------------------------------ end
 
 
-def _conclude(model: Model, split: Split, run: Run, fabric: Fabric) -> None:
+def _conclude(state: State, split: Split, run: Run, fabric: Fabric) -> None:
     """What the model computes once from its finished weights. The state that is resumed from holds none of it: a
     finished run that is taken up again computes it again, to the same result."""
     if run.storage == "fp16":
-        _checkpoint.round_to_half(model)
+        _checkpoint.round_to_half(state.average)
     torch.manual_seed(run.seed)  # the same on every device
     with torch.no_grad():
-        model.conclude(_one_pass(split, run, run.steps, fabric))
+        state.average.conclude(_one_pass(split, run, run.steps, state.teacher, fabric))
 
 
 # ------------------------------------------------------------------------------------------------------------- one step
 
 
-def _stream(split: Split, run: Run, start: int, fabric: Fabric) -> Iterator[Batch]:
-    """Batches from step `start` to the end: a pure function of (seed, step), each device with its own share."""
-    for step in range(start, run.steps):
+def _stream(split: Split, run: Run, state: State, fabric: Fabric) -> Iterator[Batch]:
+    """Batches from the state's step to the end: a pure function of (seed, step), each device with its own share."""
+    for step in range(state.step, run.steps):
         part = batches(split, run.batch_size, run.seed, step, rank=fabric.global_rank, world=fabric.world_size)
-        yield _on_device(part, run, step, fabric)
+        yield _on_device(part, run, step, state.teacher, fabric)
 
 
-def _on_device(part: Split, run: Run, step: int, fabric: Fabric) -> Batch:
+def _on_device(part: Split, run: Run, step: int, teacher: Teacher | None, fabric: Fabric) -> Batch:
     x = torch.from_numpy(part.x).to(fabric.device, non_blocking=True).to(torch.float32) / 255
     if run.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.from_numpy(part.labels).to(fabric.device, non_blocking=True)
-    return Batch(x, labels, part.captions, step=step, steps=run.steps)
+    denoiser = teacher.denoiser if teacher is not None else None
+    return Batch(x, labels, part.captions, step=step, steps=run.steps, teacher=denoiser)
 
 
 Loss = tuple[str, Tensor, Mapping[str, Tensor]]

@@ -23,6 +23,7 @@ from torch import Tensor
 from models._protocol import Model
 from training.config import Run
 from training.errors import RunError
+from training.teacher import Teacher
 
 FOLDER = "resume"
 _PARTIAL, _PREVIOUS = "resume.partial", "resume.previous"  # beside it, while it is replaced
@@ -35,6 +36,7 @@ class State:
     model: Model
     average: Model  # the same network with averaged weights: what is exported
     optimisers: dict[str, torch.optim.AdamW]  # by parameter group
+    teacher: Teacher | None = None  # not part of the tensors: a run that is taken up loads it again
     step: int = 0  # steps taken
     seconds: float = 0.0  # of wall-clock time, over all the times that the run was taken up
 
@@ -56,7 +58,7 @@ def save(state: State, run: Run, out: Path, fabric: Fabric) -> None:
         partial.mkdir(parents=True)
         # Clones, because tensors that share memory (tied weights) are refused by safetensors.
         save_file({k: v.contiguous().clone() for k, v in state.tensors().items()}, partial / "state.safetensors")
-        about = {"step": state.step, "seconds": state.seconds, "run": _identity(run, fabric)}
+        about = {"step": state.step, "seconds": state.seconds, "run": _identity(state, run, fabric)}
         (partial / "state.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     fabric.barrier()
     save_file(_random_state(fabric), partial / _random_file(fabric))
@@ -83,7 +85,7 @@ def resume(state: State, run: Run, out: Path, fabric: Fabric) -> None:
     """Put `state` and the random generator where out/resume left off. Raises `RunError` if that is another run's."""
     folder = out / FOLDER
     about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    here = _identity(run, fabric)
+    here = _identity(state, run, fabric)
     if about["run"] != here:
         changed = sorted(k for k in here.keys() | about["run"].keys() if about["run"].get(k) != here.get(k))
         raise RunError(
@@ -121,8 +123,10 @@ def _random_state(fabric: Fabric) -> dict[str, Tensor]:
     return states
 
 
-def _identity(run: Run, fabric: Fabric) -> dict[str, Any]:
-    """What makes two runs the same, as JSON gives it back. How often a run saves is not part of it."""
+def _identity(state: State, run: Run, fabric: Fabric) -> dict[str, Any]:
+    """What makes two runs the same, as JSON gives it back: the teacher's weights too, wherever they lie. How often a
+    run saves is not part of it."""
     about: dict[str, Any] = json.loads(json.dumps(run.to_json()))
     del about["checkpoint_every"]
+    about["teacher"] = state.teacher.sha256 if state.teacher else None
     return {**about, "devices": f"{fabric.world_size} × {fabric.device.type}"}
