@@ -1,0 +1,232 @@
+"""A causal transformer, for whatever is drawn token by token (arXiv 1706.03762; pre-norm, arXiv 2002.04745).
+
+`Transformer.forward` takes all tokens of a sequence at once, as training and scoring do; `step` takes every row one
+token on from wherever it stands, with what is worth keeping of the tokens before it in a cache.
+
+A layer's pattern says how far back it looks, and in which strides (Sparse Transformers, arXiv 1904.10509): position p
+attends to p, p − stride, p − 2·stride, ...: `reach` positions at most. All of a sequence is reach = length; a few
+image rows are reach = rows · width; the column above a pixel is stride = width. Where a position lies is told in two
+ways: by whatever its input holds (a learnt vector, say: not this module's to add), and by a learnt bias on the
+attention's logits for each head and each lag (arXiv 1910.10683, §2.1, with a bucket for every lag).
+
+What conditions a sequence (a label, a prompt) is given with its inputs: added to them, or in tokens of its own before
+them, which `prefill` takes all at once.
+
+    B    rows             T    tokens of a sequence     R    reach      C    positions of a block of queries
+    D    width            d    width of a head          S    stride     N    blocks
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# A step reads a cache as far as the row that has come furthest needs it, in blocks of so many positions that are summed
+# up one after the other: what lies beyond a row's own position adds exact zeros, and its floats do not depend on how
+# far other rows have come.
+BLOCK = 128
+
+Cache = tuple[Tensor, ...]  # of each layer, (B, S, heads, 2, R, d): keys and values of the last R · S positions
+
+
+class Pattern(NamedTuple):
+    """What a position attends to: itself and those that are 1 … reach − 1 strides before it."""
+
+    reach: int
+    stride: int = 1
+
+
+class Transformer(nn.Module):
+    """(B, T, D) -> (B, T, D): layers of attention and a two-layer perceptron; output i depends on inputs 0 … i alone.
+
+    width       D
+    heads       of every layer; D is a multiple of it
+    hidden      units of the perceptrons
+    patterns    of each layer, first to last: an int is a reach with stride 1
+    length      T at most; the reach of a pattern is cut to what fits
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, patterns: Sequence[Pattern | int], length: int) -> None:
+        super().__init__()
+        check(width, heads, hidden, patterns)
+        self.width, self.length = width, length
+        fitting = [_fitting(Pattern(p) if isinstance(p, int) else p, length) for p in patterns]
+        self.layers = nn.ModuleList(Layer(width, heads, hidden, p, 1 / math.sqrt(2 * len(patterns))) for p in fitting)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """All of a sequence, or its beginning: (B, T, D) -> (B, T, D)."""
+        for layer in self.layers:
+            h = layer(h)
+        out: Tensor = self.norm(h)
+        return out
+
+    def cache(self, rows: int) -> Cache:
+        """That of so many rows at position 0."""
+        return tuple(layer.attention.cache(rows) for layer in self.layers)
+
+    def prefill(self, h: Tensor, cache: Cache) -> Tensor:
+        """`forward` over a sequence's beginning (B, T0, D), which fills the cache: `step` goes on at position T0."""
+        for layer, part in zip(self.layers, cache, strict=True):
+            h = layer.prefill(h, part)
+        out: Tensor = self.norm(h)
+        return out
+
+    def step(self, h: Tensor, cache: Cache, position: Tensor) -> Tensor:
+        """The next token of each row: h (B, D), position (B,) of it -> (B, D). Writes into the cache.
+
+        Taking the same step again gives the same result: it writes nothing but what belongs to its own positions.
+        """
+        furthest = int(position.max())
+        for layer, part in zip(self.layers, cache, strict=True):
+            h = layer.step(h, part, position, furthest)
+        out: Tensor = self.norm(h)
+        return out
+
+
+class Layer(nn.Module):
+    """h + attention(norm h), then the same with a perceptron."""
+
+    def __init__(self, width: int, heads: int, hidden: int, pattern: Pattern, gain: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, pattern, gain)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = _linear(width, hidden, math.sqrt(2))
+        self.down = _linear(hidden, width, gain)
+
+    def forward(self, h: Tensor) -> Tensor:
+        mixed, _, _ = self.attention(self.norm1(h))
+        return self._perceptron(h + mixed)
+
+    def prefill(self, h: Tensor, cache: Tensor) -> Tensor:
+        mixed, keys, values = self.attention(self.norm1(h))
+        self.attention.fill(cache, keys, values)
+        return self._perceptron(h + mixed)
+
+    def step(self, h: Tensor, cache: Tensor, position: Tensor, furthest: int) -> Tensor:
+        return self._perceptron(h + self.attention.step(self.norm1(h), cache, position, furthest))
+
+    def _perceptron(self, h: Tensor) -> Tensor:
+        return h + self.down(F.gelu(self.up(self.norm2(h))))
+
+
+class Attention(nn.Module):
+    """Causal attention of several heads in a pattern."""
+
+    def __init__(self, width: int, heads: int, pattern: Pattern, gain: float) -> None:
+        super().__init__()
+        self.heads, self.pattern = heads, pattern
+        self.qkv = _linear(width, 3 * width)
+        self.out = _linear(width, width, gain)
+        self.bias = nn.Parameter(torch.zeros(pattern.reach, heads))  # by lag, in strides
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> (B, T, D), and the keys and values of all positions, (B, T, heads, d) each.
+
+        A stride of S makes S sequences, each of every S-th position. Each is cut into N blocks of C queries, whose keys
+        are those of the block and of as many blocks before it as the pattern reaches into.
+        """
+        b, t, width = x.shape
+        (reach, stride), heads = self.pattern, self.heads
+        length = math.ceil(t / stride)
+        size = length if reach >= length else min(length, max(8, math.ceil(reach / 3)))  # C
+        blocks = math.ceil(length / size)  # N
+        before = 0 if blocks == 1 else math.ceil((reach - 1) / size)  # blocks that the first query of a block sees
+        qkv: Tensor = self.qkv(x)
+        padded = F.pad(qkv, (0, 0, 0, blocks * size * stride - t))
+        parts = padded.view(b, blocks, size, stride, 3, heads, -1).permute(4, 0, 3, 5, 1, 2, 6)
+        q, k, v = parts.unbind()  # (B, S, heads, N, C, d) each
+        if before:
+            k, v = (_with_blocks_before(part, before) for part in (k, v))  # (B, S, heads, N, (before + 1) · C, d)
+        scale = 1 / math.sqrt(q.shape[-1])
+        logits = (q * scale) @ k.mT
+        logits = logits + self._bias_of_blocks(blocks, size, before).to(logits.dtype)
+        mixed = logits.softmax(dim=-1).to(v.dtype) @ v
+        mixed = mixed.permute(0, 3, 4, 1, 2, 5).reshape(b, -1, width)[:, :t]
+        _, keys, values = qkv.view(b, t, 3, heads, -1).unbind(dim=2)
+        out: Tensor = self.out(mixed)
+        return out, keys, values
+
+    def _bias_of_blocks(self, blocks: int, size: int, before: int) -> Tensor:
+        """(heads, N, C, (before + 1) · C): of each query of a block to its keys, −∞ where it is not to see one."""
+        at = torch.arange(size, device=self.bias.device)
+        key = torch.arange(-before * size, size, device=self.bias.device)
+        lag = at[:, None] - key  # (C, keys)
+        bias = self.bias[lag.clamp(0, self.pattern.reach - 1)].permute(2, 0, 1)[:, None]
+        first = torch.arange(blocks, device=self.bias.device) * size
+        seen = (lag >= 0) & (lag < self.pattern.reach) & (first[:, None, None] + key >= 0)  # (N, C, keys)
+        return torch.where(seen, bias, -torch.inf)
+
+    # with a cache
+
+    def cache(self, rows: int) -> Tensor:
+        d = self.qkv.in_features // self.heads
+        reach, stride = self.pattern
+        return self.bias.new_zeros(rows, stride, self.heads, 2, reach, d)
+
+    def fill(self, cache: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values (B, T0, heads, d) of the positions 0 … T0 − 1, as far back as any later one looks."""
+        (reach, stride), t = self.pattern, keys.shape[1]
+        at = torch.arange(max(0, t - reach * stride), t, device=keys.device)
+        kept = torch.stack([keys, values], dim=3)[:, at]  # (B, ·, heads, 2, d)
+        cache[:, at % stride, :, :, at // stride % reach] = kept.transpose(0, 1).to(cache.dtype)
+
+    def step(self, x: Tensor, cache: Tensor, position: Tensor, furthest: int) -> Tensor:
+        """x (B, D) -> (B, D). A position p is the (p // S)-th of its stride, and lies there modulo R."""
+        (reach, stride), heads, b = self.pattern, self.heads, len(x)
+        row, turn = torch.arange(b, device=x.device), position // stride
+        q, k, v = self.qkv(x).view(b, 3, heads, -1).unbind(dim=1)  # (B, heads, d) each
+        cache[row, position % stride, :, :, turn % reach] = torch.stack([k, v], dim=2)
+
+        n = min(reach, (furthest // stride // BLOCK + 1) * BLOCK)
+        mine = cache if stride == 1 else cache.flatten(0, 1).index_select(0, row * stride + position % stride)
+        keys, values = mine.view(b * heads, 2, reach, -1).unbind(dim=1)
+        slot = torch.arange(n, device=x.device)
+        lag = (turn[:, None] - slot) % reach  # (B, n)
+        bias = self.bias[lag].masked_fill((lag > turn[:, None])[:, :, None], -torch.inf)
+        q = q.reshape(b * heads, 1, -1) * (1 / math.sqrt(q.shape[-1]))
+        parts = [slice(at, min(at + BLOCK, n)) for at in range(0, n, BLOCK)]
+        logits = torch.cat([torch.bmm(q, keys[:, part].mT) for part in parts], dim=2)
+        weights = (logits + bias.mT.reshape(b * heads, 1, n)).softmax(dim=-1)
+        mixed = torch.bmm(weights[:, :, parts[0]], values[:, parts[0]])
+        for part in parts[1:]:
+            mixed.baddbmm_(weights[:, :, part], values[:, part])
+        out: Tensor = self.out(mixed.view(b, -1))
+        return out
+
+
+def _with_blocks_before(x: Tensor, before: int) -> Tensor:
+    """(..., N, C, d) -> (..., N, (before + 1) · C, d): each block after those before it; zeros before the first."""
+    n = x.shape[-3]
+    padded = F.pad(x, (0, 0, 0, 0, before, 0))
+    return torch.cat([padded.narrow(-3, i, n) for i in range(before + 1)], dim=-2)
+
+
+def _fitting(pattern: Pattern, length: int) -> Pattern:
+    stride = min(pattern.stride, length)
+    return Pattern(min(pattern.reach, math.ceil(length / stride)), stride)
+
+
+def _linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs, bias=False)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
+    return layer
+
+
+def check(width: int, heads: int, hidden: int, patterns: Sequence[Pattern | int]) -> None:
+    """Raises `ValueError` for a transformer that cannot be."""
+    if heads < 1 or width < 1 or width % heads:
+        raise ValueError(f"width: {width} is not a positive multiple of heads ({heads})")
+    if hidden < 1:
+        raise ValueError(f"hidden: {hidden}; a positive number is needed")
+    if not patterns:
+        raise ValueError("patterns: none; there must be a layer")
+    for pattern in patterns:
+        if min((pattern,) if isinstance(pattern, int) else pattern) < 1:
+            raise ValueError(f"patterns: {pattern}; reach and stride are positive")
