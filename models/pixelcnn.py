@@ -16,7 +16,8 @@ same, and as exact.
 Sampling with caches. The vertical features of an image row depend on the rows above only: they are computed for a
 whole row when its first pixel is due, from the last rows that every layer keeps, and so is all that they tell the
 horizontal stack. What remains of a pixel is one column of the horizontal stack, whose taps to the left are known
-beforehand as well: one product for all layers. Only the taps at the pixel itself are taken layer by layer.
+beforehand as well: one product for all layers. Only the taps at the pixel itself are taken layer by layer. This last
+part is a hundred small products, and stands in C as well (`_pixelcnn.c`), where calling them costs nothing.
 
     B    rows: chains, images            E    numbers that stand for a level     L    layers; layer l has dilation d_l
     C    channels of the image, H × W    F    features
@@ -24,17 +25,18 @@ beforehand as well: one product for all layers. Only the taps at the pixel itsel
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import _protocol, _random
+from models import _native, _protocol, _random
 from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Rows, Score, Spec, Steps
 
 REACH = 3  # how far the stacks' inputs look up, left and (above) right; a layer looks as far as its dilation
@@ -86,8 +88,9 @@ def gate(u: Tensor) -> Tensor:
 
 
 def _weight(*shape: int, gain: float = 1.0) -> nn.Parameter:
-    """(..., outputs, inputs)"""
-    return nn.Parameter(torch.randn(shape) * (gain / math.sqrt(shape[-1])))
+    """(..., outputs, inputs); in memory the outputs of an input lie together, as `_pixelcnn.c` reads them."""
+    weight = torch.randn(shape) * (gain / math.sqrt(shape[-1]))
+    return nn.Parameter(weight.mT.contiguous().mT)
 
 
 def _windows(x: Tensor, taps: int, dilation: int) -> Tensor:
@@ -130,7 +133,8 @@ class Network(nn.Module):
         self.now = _weight(n, 2 * f, f, gain=half)  # and the one at the pixel itself
         self.horizontal_bias = nn.Parameter(torch.zeros(n, 2 * f))
         self.out = _weight(n, f, f, gain=0.5)
-        self.heads = nn.ModuleList(Head(f + c * config.embedding, config) for c in range(space.channels))
+        heads = nn.ModuleList(Head(f + c * config.embedding, config) for c in range(space.channels))
+        self.heads = cast(Sequence[Head], heads)
 
         # Where things lie in `PixelRows`: the rings of each layer, and the features a dilation to the left of a column.
         dilations = torch.tensor(config.dilations)
@@ -197,6 +201,10 @@ class Head(nn.Module):
         self.first_bias = nn.Parameter(torch.zeros(config.hidden))
         self.last = _weight(config.levels, config.hidden, gain=0.5)
         self.last_bias = nn.Parameter(torch.zeros(config.levels))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_pixelcnn.c` takes them: matrices (inputs, outputs)."""
+        return self.first.mT, self.first_bias, self.last.mT, self.last_bias
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = F.linear(features, self.first, self.first_bias).relu_()
@@ -313,14 +321,48 @@ class Model(_protocol.Model, OnePassDensity):
 
     def step(self, rows: PixelRows) -> PixelRows:
         """Draw the next pixel of every image, wherever it is."""
+        ticks = rows.tick.tolist()
+        first = [chain for chain, tick in enumerate(ticks) if tick % self.spec.image.width == 0]
+        if first:
+            self._begin_row(rows, torch.tensor(first, device=rows.tick.device))
+        if not self._native_tick(rows):
+            self._tick(rows, ticks)
+        rows.tick, rows.left = rows.tick + 1, rows.left - 1
+        return rows
+
+    def _native_tick(self, rows: PixelRows) -> bool:
+        """The rest of a tick in C, as `_tick`; whether that could be done. Raises `FloatingPointError`."""
+        native = _native.library("pixelcnn")
+        if native is None:
+            return False
+        net, c = self.network, self.spec.image.channels
+        heads = [part for head in net.heads for part in head.tensors()]
+        tensors = (
+            *(net.look_left.mT, net.past.mT, net.now.mT, net.out.mT, net.table),
+            *(net.dilation, rows.tick, rows.temperature, rows.uniforms, rows.told, rows.pixels, rows.past, rows.levels),
+        )
+        if not _native.usable(*heads, *tensors):
+            return False
+        shape = (
+            *(self.config.features, len(self.config.dilations), self.config.embedding, c),
+            *(self.config.hidden, self.config.levels, REACH, self.spec.image.width, self.spec.image.height),
+            *(rows.pixels.shape[1], self._margin, len(rows.tick)),
+        )
+        at = _native.addresses(*tensors)
+        head_at = _native.addresses(*heads)
+        pointers = (ctypes.c_void_p * (len(at) + 1))(*at[:5], ctypes.addressof(head_at), *at[5:])
+        failed = native.tick((ctypes.c_int64 * len(shape))(*shape), pointers)
+        if failed < 0:
+            raise MemoryError("no memory for a tick")
+        if failed:
+            raise FloatingPointError(f"row {failed - 1}: the logits of a pixel are not numbers")
+        return True
+
+    def _tick(self, rows: PixelRows, ticks: list[int]) -> None:
+        """What remains of a tick when the vertical stack has told what it knows: one column of the horizontal one."""
         net, f, n = self.network, self.config.features, len(self.config.dilations)
         width, margin = self.spec.image.width, self._margin
         b, columns, e = rows.pixels.shape
-        ticks = rows.tick.tolist()
-        first = [chain for chain, tick in enumerate(ticks) if tick % width == 0]
-        if first:
-            self._begin_row(rows, torch.tensor(first, device=rows.tick.device))
-
         together = ticks.count(ticks[0]) == b  # as after a request for several images: then a slice does for a gather
         if together:
             at = margin + ticks[0] % width
@@ -357,8 +399,6 @@ class Model(_protocol.Model, OnePassDensity):
             rows.past.view(b * columns, -1).index_copy_(0, here, past)
             rows.pixels.view(-1, e).index_copy_(0, here, embedded)
             rows.levels.view(-1, levels.shape[1]).index_copy_(0, pixel, levels)
-        rows.tick, rows.left = rows.tick + 1, rows.left - 1
-        return rows
 
     def _draw_pixel(self, h: Tensor, uniforms: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """Channel by channel, from features h (≥ B, F): levels (B, C) and what stands for them (B, C·E)."""

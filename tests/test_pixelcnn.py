@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from models import _rows, pixelcnn
+from models import _native, _rows, pixelcnn
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
 from models.pixelcnn import Config, Model, PixelRows
 
@@ -184,7 +185,16 @@ def test_cached_sampler_equals_naive_sampler(config: Config, space: ImageSpace) 
 
 
 @pytest.fixture
-def drawn_logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ticks in tensor operations, as without a C compiler (that C does the same: tests/test_native.py)."""
+    monkeypatch.setenv("DRAWWELL_NATIVE", "0")
+    _native.library.cache_clear()
+    yield
+    _native.library.cache_clear()
+
+
+@pytest.fixture
+def drawn_logits(in_torch: None, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The logits of every call of `draw`, in order."""
     seen: list[Tensor] = []
     original = pixelcnn.draw
@@ -237,6 +247,7 @@ def test_rows_join_and_leave_and_stand_at_different_pixels() -> None:
     assert len(finished) == 9
 
 
+@pytest.mark.usefixtures("in_torch")
 def test_a_tick_that_failed_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that raises leaves its rows as good as they were, whether they stand together or apart."""
     model = build(SMALL, GREY)

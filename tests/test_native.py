@@ -1,0 +1,132 @@
+"""C beside a family's file: it computes what the tensor operations do, chain by chain, and can be done without."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import _native, _rows, pixelcnn
+from models._protocol import Draw, ImageSpace
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CC", "cc").split()[0]) is None, reason="no C compiler on this machine"
+)
+COLOUR = ImageSpace(width=5, height=4, channels=3, labels=("a", "b"))
+GREY = ImageSpace(width=6, height=6, channels=1)
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Libraries are looked for anew in every test."""
+    _native.library.cache_clear()
+    yield monkeypatch
+    _native.library.cache_clear()
+
+
+def model(space: ImageSpace, features: int = 24, levels: int = 16) -> pixelcnn.Model:
+    """Features and levels that are no multiples of the vectors' lanes as well as such that are."""
+    torch.manual_seed(0)
+    config = pixelcnn.Config(features=features, dilations=(1, 2, 1), hidden=40, embedding=6, levels=levels)
+    made: pixelcnn.Model = pixelcnn.Model(config, space).eval().requires_grad_(False)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def draws(space: ImageSpace, n: int) -> list[Draw]:
+    steps = space.width * space.height
+    return [Draw(k, k % 3, steps, label=k % 3 - 1, temperature=0.5 + 0.3 * (k % 4)) for k in range(n)]
+
+
+def drawn(made: pixelcnn.Model, rows: pixelcnn.PixelRows) -> pixelcnn.PixelRows:
+    with torch.inference_mode():
+        while int(rows.left.max()) > 0:
+            rows = made.step(rows)
+    return rows
+
+
+@needs_compiler
+@pytest.mark.parametrize("space", [COLOUR, GREY], ids=["colour", "grey"])
+@pytest.mark.parametrize(("features", "levels"), [(24, 16), (64, 256), (5, 3)])
+def test_c_draws_what_tensor_operations_draw(
+    space: ImageSpace, features: int, levels: int, native: pytest.MonkeyPatch
+) -> None:
+    made, asked = model(space, features, levels), draws(space, 6)
+    in_c = drawn(made, made.init(asked))
+    native.setenv("DRAWWELL_NATIVE", "0")
+    _native.library.cache_clear()
+    in_torch = drawn(made, made.init(asked))
+    assert torch.equal(in_c.levels, in_torch.levels)
+    torch.testing.assert_close(in_c.past, in_torch.past, rtol=1e-4, atol=1e-5)
+    assert torch.equal(in_c.pixels, in_torch.pixels)
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_a_chain_computes_the_same_bits_in_a_batch_of_any_size() -> None:
+    made, asked = model(GREY), draws(GREY, 9)
+    alone = [drawn(made, made.init([draw])) for draw in asked]
+    for size in range(1, 10):
+        for k, row in enumerate(drawn_apart(made, asked[:size])):
+            assert torch.equal(row.past[0], alone[k].past[0]), (size, k)
+
+
+def drawn_apart(made: pixelcnn.Model, asked: list[Draw]) -> list[pixelcnn.PixelRows]:
+    """Each chain's rows, after all were drawn together, every chain a pixel ahead of the next."""
+    rows = made.init(asked[:1])
+    for draw in asked[1:]:
+        rows = _rows.cat([made.step(rows), made.init([draw])])
+    finished: dict[int, pixelcnn.PixelRows] = {}
+    running = list(range(len(asked)))
+    while running:
+        rows = made.step(rows)
+        left = rows.left.tolist()
+        finished |= {running[i]: _rows.take(rows, [i]) for i, n in enumerate(left) if n == 0}
+        keep = [i for i, n in enumerate(left) if n > 0]
+        rows, running = _rows.take(rows, keep), [running[i] for i in keep]
+    return [finished[k] for k in range(len(asked))]
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_a_row_that_is_not_a_number_is_named() -> None:
+    made = model(GREY)
+    rows = made.step(made.init(draws(GREY, 3)))
+    rows.told[1] = torch.nan
+    with pytest.raises(FloatingPointError, match="row 1"):
+        made.step(dataclasses.replace(rows))
+
+
+@needs_compiler
+def test_what_was_compiled_is_kept(native: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    native.setenv("DRAWWELL_NATIVE_CACHE", str(tmp_path / "kept"))
+    assert _native.library("pixelcnn") is not None
+    (kept,) = (tmp_path / "kept").iterdir()
+    made = kept.stat()
+    _native.library.cache_clear()
+    assert _native.library("pixelcnn") is not None
+    assert kept.stat().st_mtime_ns == made.st_mtime_ns
+
+
+@pytest.mark.parametrize("variable", [("DRAWWELL_NATIVE", "0"), ("CC", "no-such-compiler"), ("CC", "")])
+def test_it_can_be_done_without(variable: tuple[str, str], native: pytest.MonkeyPatch) -> None:
+    native.setenv(*variable)
+    assert _native.library("pixelcnn") is None
+
+
+def test_a_compiler_that_fails_is_told(
+    native: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    native.setenv("CC", "false")
+    native.setenv("DRAWWELL_NATIVE_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert _native.library("pixelcnn") is None
+    assert "cannot be compiled" in caplog.text
