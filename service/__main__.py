@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,32 @@ async def _serve(settings: Settings, devices: list[str], config: uvicorn.Config)
     broker = LocalBroker(settings.queue_units)
     supervisor = Supervisor(broker, devices, settings.models, settings.max_rows, settings.log_level)
     config.app = create_app(settings, broker, Catalog(settings.models))
-    server = uvicorn.Server(config)
-    workers = asyncio.create_task(supervisor.run())
+    server = _Server(config)
+    workers = asyncio.create_task(_run_when(server.listening, supervisor))
     try:
         await server.serve()
     finally:
         workers.cancel()
         await asyncio.gather(workers, return_exceptions=True)
     return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+async def _run_when(listening: asyncio.Event, supervisor: Supervisor) -> None:
+    """Workers that load torch at once would make the API's own start wait for a core."""
+    await listening.wait()
+    await supervisor.run()
 
 
 if __name__ == "__main__":
