@@ -11,8 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from models import _random, _rows
-from models._flows import (
+from models._flow_model import (
     LEVELS,
+    dequantise,
+    discrete_log_prob,
+    gaussian_log_prob,
+    neighbour_correlation,
+    quantise,
+)
+from models._flows import (
     ActNorm,
     AffineCoupling,
     Bijection,
@@ -23,14 +30,10 @@ from models._flows import (
     MultiScale,
     Permute,
     Squeeze,
-    dequantise,
-    discrete_log_prob,
-    gaussian_log_prob,
     halves,
-    quantise,
 )
 from models._protocol import Batch, Draw, ImageSpace, bits_per_dim, unlabelled
-from models.realnvp import Config, Model, neighbour_correlation
+from models.realnvp import Config, Model
 
 TINY = Config(couplings=(3, 3), widths=(6, 8), logit_alpha=0.05)
 DIGIT = ImageSpace(8, 8, 1)
