@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import _native, _protocol, _random
+from models import _native, _pixels, _protocol, _random
 from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Rows, Score, Spec, Steps
 
 REACH = 3  # how far the stacks' inputs look up, left and (above) right; a layer looks as far as its dilation
@@ -232,19 +232,9 @@ class PixelRows(Rows):
 
 
 class Model(_protocol.Model, OnePassDensity):
-    """Samples in H·W ticks with caches; scores in one pass, exactly.
+    """Samples in H·W ticks with caches; scores in one pass, exactly, with the statistics of `models._pixels`."""
 
-    Statistics of a score, which cost no further pass. The surprise of a pixel is −log p_i less what was to be expected,
-    the entropy of p(· | x_<i); over images that the model itself draws, surprises have mean zero and are uncorrelated.
-
-        entropy            nats, Σ_i entropy of p(x_i | x_<i): the -log_prob to be expected
-        worst_tile         nats, largest surprise of a tile of TILE × TILE pixels
-        autocorrelation    nats², mean product of a pixel's surprise with its right and lower neighbour's
-    """
-
-    TILE = 4
-
-    statistic_names = ("entropy", "worst_tile", "autocorrelation")
+    statistic_names = _pixels.STATISTICS
     has_pixel_terms = True
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
@@ -448,17 +438,7 @@ class Model(_protocol.Model, OnePassDensity):
     # density
 
     def evaluate(self, x: Tensor, labels: Tensor) -> Score:
-        log_prob, entropy = self.pixel_terms(x, labels)
-        surprise = -log_prob - entropy
-        return Score(
-            log_prob=log_prob.sum(dim=(1, 2)),
-            per_pixel=log_prob,
-            statistics={
-                "entropy": entropy.sum(dim=(1, 2)),
-                "worst_tile": _tiles(surprise, self.TILE).amax(dim=(1, 2)),
-                "autocorrelation": _neighbour_product(surprise),
-            },
-        )
+        return _pixels.score(*self.pixel_terms(x, labels))
 
     def pixel_terms(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x_i | x_<i, label) and the entropy of p(· | x_<i, label), both (B, H, W) nats, summed over channels.
@@ -470,9 +450,8 @@ class Model(_protocol.Model, OnePassDensity):
         features = self.network(pixels, labels)
         log_prob, entropy = torch.zeros(2, *features.shape[:3], device=x.device)
         for c in range(levels.shape[-1]):
-            log_probs = self.network.logits(c, features, pixels).float().log_softmax(dim=-1)  # (B, H, W, levels)
-            log_prob = log_prob + log_probs.gather(-1, levels[..., c, None])[..., 0]
-            entropy = entropy - (log_probs.exp() * log_probs).sum(dim=-1)
+            of_channel = _pixels.terms(self.network.logits(c, features, pixels), levels[..., c])
+            log_prob, entropy = log_prob + of_channel[0], entropy + of_channel[1]
         return log_prob, entropy
 
 
@@ -495,18 +474,6 @@ def _fill(part: Tensor) -> Tensor:
     """(b, ...) -> (≥ FEWEST, ...): the last row repeated."""
     missing = FEWEST - len(part)
     return part if missing <= 0 else torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
-
-
-def _tiles(terms: Tensor, size: int) -> Tensor:
-    """Sums of terms (B, H, W) over tiles of size × size; those at the right and lower edge may be cut."""
-    return F.avg_pool2d(terms[:, None], size, ceil_mode=True, divisor_override=1)[:, 0]
-
-
-def _neighbour_product(terms: Tensor) -> Tensor:
-    """(B,) mean over terms (B, H, W) of a value times its right or lower neighbour; 0 for a single pixel."""
-    right, lower = terms[..., 1:] * terms[..., :-1], terms[:, 1:] * terms[:, :-1]
-    pairs = right[0].numel() + lower[0].numel()
-    return (right.sum(dim=(1, 2)) + lower.sum(dim=(1, 2))) / max(1, pairs)
 
 
 def _check(config: Config, space: ImageSpace) -> None:

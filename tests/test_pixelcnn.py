@@ -123,14 +123,6 @@ def test_log_prob_is_the_sum_of_its_pixel_terms_under_the_logits() -> None:
     torch.testing.assert_close(score.log_prob, score.per_pixel.sum(dim=(1, 2)))
 
 
-def test_tiles_cover_images_that_they_do_not_divide() -> None:
-    terms = torch.arange(30.0).view(1, 5, 6)
-    tiles = pixelcnn._tiles(terms, 4)
-    assert tiles.shape == (1, 2, 2)
-    assert tiles.sum() == terms.sum()
-    assert tiles[0, 1, 1] == terms[0, 4:, 4:].sum()
-
-
 # ------------------------------------------------------------------------------------------------------------ causality
 
 

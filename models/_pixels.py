@@ -1,0 +1,51 @@
+"""What a score tells beside the likelihood, for families that know the distribution of every pixel given those before.
+
+The surprise of a pixel is −log p_i less what was to be expected, the entropy of p(· | x_<i); over images that the model
+itself draws, surprises have mean zero and are uncorrelated. Statistics of it, which cost no further pass:
+
+    entropy            nats, Σ_i entropy of p(x_i | x_<i): the −log_prob to be expected
+    worst_tile         nats, largest surprise of a tile of TILE × TILE pixels
+    autocorrelation    nats², mean product of a pixel's surprise with its right and lower neighbour's
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from models._protocol import Score
+
+TILE = 4
+STATISTICS = ("entropy", "worst_tile", "autocorrelation")
+
+
+def score(log_prob: Tensor, entropy: Tensor) -> Score:
+    """Of log p(x_i | x_<i) and the entropy of p(· | x_<i), both (B, H, W) nats."""
+    surprise = -log_prob - entropy
+    return Score(
+        log_prob=log_prob.sum(dim=(1, 2)),
+        per_pixel=log_prob,
+        statistics={
+            "entropy": entropy.sum(dim=(1, 2)),
+            "worst_tile": tiles(surprise, TILE).amax(dim=(1, 2)),
+            "autocorrelation": neighbour_product(surprise),
+        },
+    )
+
+
+def terms(logits: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of levels (...) under the softmax of logits (..., K), and its entropy: (...) float32 nats each."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    return log_probs.gather(-1, levels[..., None])[..., 0], -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+def tiles(values: Tensor, size: int) -> Tensor:
+    """Sums of values (B, H, W) over tiles of size × size; those at the right and lower edge may be cut."""
+    return F.avg_pool2d(values[:, None], size, ceil_mode=True, divisor_override=1)[:, 0]
+
+
+def neighbour_product(values: Tensor) -> Tensor:
+    """(B,) mean over (B, H, W) of a value times its right or lower neighbour; 0 for a single pixel."""
+    right, lower = values[..., 1:] * values[..., :-1], values[:, 1:] * values[:, :-1]
+    pairs = right[0].numel() + lower[0].numel()
+    return (right.sum(dim=(1, 2)) + lower.sum(dim=(1, 2))) / max(1, pairs)
