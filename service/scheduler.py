@@ -6,20 +6,26 @@ next and which rows join or leave it first; `report` takes what happened.
 
 Between lanes: deficit round robin (Shreedhar & Varghese 1995) in seconds of device time, by the measured cost of each
 lane's step, so that a cheap lane is not kept waiting by a dear one for longer than one step, and time is shared
-evenly while both have work. Inside a lane: interactive before batch, with ageing, so that nothing starves; within
-that, first come first served, and a job whose rows do not all fit begins with those that do.
+evenly while both have work. Inside a lane a row joins whenever there is room, and which one is asked in this order:
+
+    interactive before batch     but a batch job that has waited for AGEING seconds counts as interactive
+    tenants in turn              by the work that each has been given (start-time fair queueing, Goyal, Vin and Cheng
+                                 1996), so that a flood of one tenant's jobs delays only that tenant's
+    first come, first served     among the jobs of one tenant; a job whose rows do not all fit begins with those that do
+
+What a step costs here grows with the rows that join or leave in it and the logarithm of the number of tenants; not with
+the number of jobs that wait.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from typing import Literal, NamedTuple, TypeAlias
 
-AGEING = 10.0  # seconds that an interactive job is let in ahead of a batch job of the same age
+AGEING = 10.0  # seconds after which a batch job is let in as if it were an interactive one that has just come
 UNKNOWN_COST = 1e-3  # seconds a step is taken to cost before one was measured
 
 Reason: TypeAlias = Literal["cancelled", "expired"]
@@ -39,6 +45,8 @@ class Ticket:
     rows: int
     priority: Literal["interactive", "batch"] = "interactive"
     expires: float | None = None  # the clock's time after which nobody waits for the answer
+    tenant: str = ""  # who asks
+    work: int = 1  # of a row, in step-units: what the tenant is charged for it
 
 
 @dataclass(frozen=True)
@@ -83,25 +91,106 @@ class Cost:
         return a * rows + b
 
 
+@dataclass(eq=False)
+class _Waiting:
+    """A job of which rows wait to join."""
+
+    ticket: Ticket
+    begun: int = 0  # rows that have joined
+    gone: bool = False  # the job was dropped
+
+
+class _Turns:
+    """Jobs that wait, by tenant; the first job of the tenant that has been given least comes next."""
+
+    def __init__(self, given: dict[str, float]) -> None:
+        self._given = given  # tenant -> work given, on the lane's virtual clock
+        self._queues: dict[str, deque[_Waiting]] = {}
+        self._order: list[tuple[float, str]] = []  # a heap of (given, tenant); what is told there may be too little
+
+    def add(self, waiting: _Waiting) -> None:
+        tenant = waiting.ticket.tenant
+        if tenant not in self._queues:
+            self._queues[tenant] = deque()
+            heappush(self._order, (self._given[tenant], tenant))
+        self._queues[tenant].append(waiting)
+
+    def first(self) -> _Waiting | None:
+        """The job whose row joins next; jobs that are gone, or have begun whole, are let go on the way."""
+        while self._order:
+            told, tenant = self._order[0]
+            jobs = self._queues[tenant]
+            while jobs and (jobs[0].gone or jobs[0].begun == jobs[0].ticket.rows):
+                jobs.popleft()
+            if not jobs:
+                heappop(self._order)
+                del self._queues[tenant]
+            elif told < self._given[tenant]:
+                heapreplace(self._order, (self._given[tenant], tenant))
+            else:
+                return jobs[0]
+        return None
+
+    def __contains__(self, tenant: str) -> bool:
+        return tenant in self._queues
+
+
+class _Line:
+    """A lane's waiting jobs, in the order in which their rows are to join."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, float] = {}
+        self._clock = 0.0  # virtual: the work that a tenant would have been given who never wanted for jobs
+        self._urgent, self._patient = _Turns(self._given), _Turns(self._given)
+        self._ageing: deque[tuple[float, _Waiting]] = deque()  # batch jobs, by when they become urgent
+
+    def add(self, waiting: _Waiting, now: float) -> None:
+        tenant = waiting.ticket.tenant
+        if tenant not in self._urgent and tenant not in self._patient:  # what was not asked for is not saved up
+            self._given[tenant] = max(self._clock, self._given.get(tenant, 0.0))
+        if waiting.ticket.priority == "batch":
+            self._patient.add(waiting)
+            self._ageing.append((now + AGEING, waiting))
+        else:
+            self._urgent.add(waiting)
+
+    def rows(self, now: float) -> Iterator[Row]:
+        """Rows, one after the other, as they join."""
+        self._age(now)
+        while (waiting := self._urgent.first() or self._patient.first()) is not None:
+            ticket = waiting.ticket
+            self._clock = self._given[ticket.tenant]
+            self._given[ticket.tenant] += ticket.work
+            waiting.begun += 1
+            yield Row(ticket.job, waiting.begun - 1)
+
+    def _age(self, now: float) -> None:
+        while self._ageing and self._ageing[0][0] <= now:
+            _, waiting = self._ageing.popleft()
+            if not waiting.gone and waiting.begun < waiting.ticket.rows:
+                self._urgent.add(waiting)
+
+    def __bool__(self) -> bool:
+        """Whether anyone has ever waited here."""
+        return bool(self._given)
+
+
 @dataclass
 class _Lane:
     max_rows: int  # that may step together
     cost: Cost = field(default_factory=Cost)
-    waiting: list[_Waiting] = field(default_factory=list)  # in the order they are let in
-    pending: int = 0  # rows of the waiting that have not joined
+    line: _Line = field(default_factory=_Line)
+    pending: int = 0  # rows in the line
     running: dict[Row, None] = field(default_factory=dict)  # ordered
     deficit: float = 0.0  # seconds that the lane may still use in this round
+    predicted: float = 0.0  # seconds of its next step
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.pending or self.running)
 
-
-@dataclass
-class _Waiting:
-    key: float  # order in the lane: arrival, later for batch jobs
-    ticket: Ticket
-    begun: int = 0  # rows that have joined
+    def predict(self) -> None:
+        self.predicted = self.cost.predict(min(len(self.running) + self.pending, self.max_rows))
 
 
 class Scheduler:
@@ -114,12 +203,12 @@ class Scheduler:
         self._lanes: dict[str, _Lane] = {}
         self._tickets: dict[str, Ticket] = {}
         self._expiries: list[tuple[float, str]] = []  # a heap; may name jobs that have ended
+        self._waiting: dict[str, _Waiting] = {}  # job -> its rows that wait, while there are any
         self._unfinished: dict[str, int] = {}  # job -> rows that have not finished
         self._round: deque[str] = deque()  # busy lanes, the one whose turn it is first
         self._cancelled: list[str] = []
 
-    # ------------------------------------------------------------------------------------------------------ what
-    # comes in
+    # --------------------------------------------------------------------------------------------------- what comes in
 
     def submit(self, ticket: Ticket, now: float) -> None:
         """A new job. Raises `ValueError` for a job that is there already or that has no rows."""
@@ -130,9 +219,10 @@ class Scheduler:
         lane = self._lane(ticket.lane)
         self._tickets[ticket.job] = ticket
         self._unfinished[ticket.job] = ticket.rows
-        waiting = _Waiting(now + (AGEING if ticket.priority == "batch" else 0.0), ticket)
-        insort(lane.waiting, waiting, key=lambda w: w.key)
+        waiting = self._waiting[ticket.job] = _Waiting(ticket)
+        lane.line.add(waiting, now)
         lane.pending += ticket.rows
+        lane.predict()
         if ticket.expires is not None:
             heappush(self._expiries, (ticket.expires, ticket.job))
         if ticket.lane not in self._round:
@@ -155,8 +245,7 @@ class Scheduler:
             raise ValueError(f"lane: {lane} has jobs")
         self._lanes.pop(lane, None)
 
-    # ------------------------------------------------------------------------------------------------------ what
-    # comes out
+    # -------------------------------------------------------------------------------------------------- what comes out
 
     def plan(self, now: float) -> Plan:
         """The next step. Rows in `join` count as running and jobs in `leave` as gone once this returns."""
@@ -164,7 +253,7 @@ class Scheduler:
         lane_name = self._next_lane()
         if lane_name is None:
             return Plan(None, leave=leave)
-        return Plan(lane_name, tuple(self._joiners(self._lanes[lane_name])), leave)
+        return Plan(lane_name, tuple(self._joiners(self._lanes[lane_name], now)), leave)
 
     def report(self, lane_name: str, rows: int, seconds: float, finished: Iterable[Row]) -> None:
         """A step of the lane over so many rows took so many seconds, and these rows are finished."""
@@ -185,14 +274,15 @@ class Scheduler:
             return
         del self._unfinished[job]
         lane = self._lanes[ticket.lane]
-        for waiting in [w for w in lane.waiting if w.ticket.job == job]:
-            lane.waiting.remove(waiting)
-            lane.pending -= ticket.rows - waiting.begun
-        lane.running = {row: None for row in lane.running if row.job != job}
+        begun = ticket.rows
+        if (waiting := self._waiting.pop(job, None)) is not None:
+            waiting.gone, begun = True, waiting.begun
+            lane.pending -= ticket.rows - begun
+        for item in range(begun):
+            lane.running.pop(Row(job, item), None)
         self._settle(ticket.lane)
 
-    # ----------------------------------------------------------------------------------------------------------
-    # questions
+    # ------------------------------------------------------------------------------------------------------- questions
 
     @property
     def jobs(self) -> int:
@@ -208,15 +298,18 @@ class Scheduler:
     def cost(self, lane: str) -> Cost:
         return self._lane(lane).cost
 
-    # ------------------------------------------------------------------------------------------------------------ the
-    # inside
+    # ------------------------------------------------------------------------------------------------------ the inside
 
     def _lane(self, name: str) -> _Lane:
         return self._lanes.setdefault(name, _Lane(self._max_rows))
 
     def _settle(self, name: str) -> None:
-        """A lane without work leaves the round; its unused time is not saved up."""
-        if name in self._round and not self._lanes[name].busy:
+        """Look ahead to the lane's next step. One without work leaves the round; its unused time is not saved up."""
+        lane = self._lanes[name]
+        lane.predict()
+        if lane.line and not lane.pending:
+            lane.line = _Line()  # nobody waits, so nobody is owed anything
+        if name in self._round and not lane.busy:
             self._round.remove(name)
 
     def _leavers(self, now: float) -> Iterable[tuple[str, Reason]]:
@@ -231,28 +324,24 @@ class Scheduler:
 
     def _next_lane(self) -> str | None:
         """Deficit round robin: the lane at the front steps while its deficit pays for it; a new turn adds the dearest
-        lane's step, so
-        that every turn pays for one step at least."""
+        lane's step, so that every turn pays for one step at least."""
         if not self._round:
             return None
-        predicted = {name: self._predict(self._lanes[name]) for name in self._round}
-        quantum = max(predicted.values())
-        while self._lanes[self._round[0]].deficit < predicted[self._round[0]]:
+        quantum = max(self._lanes[name].predicted for name in self._round)
+        while (front := self._lanes[self._round[0]]).deficit < front.predicted:
             # Its turn is over (or has not begun): to the back of the round, and the next one's turn begins.
             self._round.rotate(-1)
             self._lanes[self._round[0]].deficit += quantum
         return self._round[0]
 
-    def _predict(self, lane: _Lane) -> float:
-        return lane.cost.predict(min(len(lane.running) + lane.pending, lane.max_rows))
-
-    def _joiners(self, lane: _Lane) -> Iterable[Row]:
-        while lane.waiting and len(lane.running) < lane.max_rows:
-            first = lane.waiting[0]
-            row = Row(first.ticket.job, first.begun)
-            first.begun += 1
+    def _joiners(self, lane: _Lane, now: float) -> Iterable[Row]:
+        if not lane.pending or len(lane.running) >= lane.max_rows:
+            return
+        for row in lane.line.rows(now):
             lane.pending -= 1
             lane.running[row] = None
-            if first.begun == first.ticket.rows:
-                lane.waiting.pop(0)
+            if row.item + 1 == self._tickets[row.job].rows:
+                del self._waiting[row.job]
             yield row
+            if len(lane.running) >= lane.max_rows:
+                return

@@ -95,8 +95,10 @@ def test_every_row_runs_exactly_once_whatever_happens(history: list[tuple[str, i
                 rng.randint(1, 2 * max_rows),
                 rng.choice(["interactive", "batch"]),
                 rng.choice([None, None, sim.now + rng.random() * 0.05]),
+                rng.choice(["a", "b", "c"]),
+                steps := rng.choice([1, 2, 30]),
             )
-            sim.submit(ticket, rng.choice([1, 2, 30]))
+            sim.submit(ticket, steps)
         elif what == "cancel" and sim.tickets:
             s.cancel(rng.choice(list(sim.tickets)))
         else:
@@ -161,6 +163,46 @@ def test_interactive_goes_first_and_batch_does_not_starve() -> None:
         sim.step()
         k += 1
     assert sim.ended["old"] - arrived == pytest.approx(AGEING, abs=0.5)
+
+
+def test_a_flood_of_one_tenant_delays_that_tenant_alone() -> None:
+    sim = Simulation(Scheduler(4), {"m": (0.0, 0.01)})
+    for k in range(200):
+        sim.submit(Ticket(f"flood{k}", "m", 2, tenant="flood", work=10), 10)
+    for k in range(30):
+        for _ in range(7):
+            sim.step()
+        arrived = sim.now
+        sim.submit(Ticket(f"quiet{k}", "m", 1, tenant="quiet", work=10), 10)
+        while f"quiet{k}" not in sim.ended:
+            sim.step()
+        # It waits until a row of the flood has run to its end, then runs.
+        assert sim.ended[f"quiet{k}"] - arrived <= 0.1 + 0.1 + 1e-9
+    assert sum(job.startswith("flood") for job in sim.ended) < 200, "the flood was still there"
+
+
+def test_tenants_that_always_wait_are_given_equal_work() -> None:
+    sim = Simulation(Scheduler(3), {"m": (0.0, 0.01)})
+    for k in range(3000):
+        sim.submit(Ticket(f"long{k}", "m", 1, tenant="long", work=50), 50)
+        sim.submit(Ticket(f"short{k}", "m", 1, tenant="short", work=2), 2)
+    while sim.now < 30:
+        sim.step()
+    given = {name: sum(sim.tickets[job][1] for job in sim.ended if job.startswith(name)) for name in ("long", "short")}
+    assert given["long"] == pytest.approx(given["short"], rel=0.1)
+
+
+def test_a_tenant_is_not_paid_for_the_time_it_asked_for_nothing() -> None:
+    sim = Simulation(Scheduler(1), {"m": (0.0, 0.01)})
+    for k in range(100):
+        sim.submit(Ticket(f"a{k}", "m", 1, tenant="a", work=1), 1)
+    for _ in range(50):
+        sim.step()
+    for k in range(100):
+        sim.submit(Ticket(f"b{k}", "m", 1, tenant="b", work=1), 1)
+    for _ in range(20):
+        sim.step()
+    assert sum(job.startswith("b") for job in sim.ended) == pytest.approx(10, abs=1)
 
 
 def test_a_job_larger_than_the_batch_is_split_over_time() -> None:
