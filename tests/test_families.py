@@ -39,6 +39,10 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
     "pixelcnn": ({"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}, LABELLED),
     "realnvp": ({"couplings": (2, 2), "widths": (8, 8)}, LABELLED),
     "vae": ({"latent": 4, "width": 8, "blocks": 1, "hidden": 16, "components": 2, "importance_samples": 4}, LABELLED),
+    "vqvae": (
+        {"codes": 16, "dims": 4, "width": 8, "blocks": 1, "prior_width": 16, "prior_heads": 2, "prior_layers": 2},
+        LABELLED,
+    ),
 }
 
 SIZE = 16

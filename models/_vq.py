@@ -1,0 +1,242 @@
+"""A discrete autoencoder: an image as a few codes, each the nearest of K vectors (VQ-VAE, van den Oord et al., arXiv
+1711.00937). For families that learn codes as one learns a language.
+
+What differs from the paper: the vectors follow the encoder by exponential moving averages, not by a loss (its appendix
+A.1); vectors that nothing is near to any more begin anew at an encoder's output (arXiv 2005.00341, §3.1), so that all K
+stay in use; the decoder puts out a likelihood of 8-bit pixels, and going up it shuffles pixels, which leaves no
+checkerboard of overlapping kernels.
+
+    variable      paper
+    z             z_e(x), the encoder's outputs
+    vectors       e, the K vectors of the codebook
+    codes         q(z | x), one-hot: the index of the nearest vector
+    commitment    β
+
+    B    images, C × H × W        T    codes of an image, H/4 × W/4 in reading order        D    dimensions of a vector
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models._likelihoods import PixelLikelihood
+from models._nn import at_least, zeroed
+from models._protocol import ImageSpace
+
+PATCH = 4  # pixels that a code stands for, each way
+NOT_YET = 0.5  # what a preview shows where no code has been drawn
+DEAD = 0.03  # a vector with less than this part of an equal share of the codes begins anew
+
+
+class Codebook(nn.Module):
+    """K vectors, which move by averages of what they stand for (online k-means): no parameters, only buffers."""
+
+    vectors: Tensor  # (K, D)
+    shares: Tensor  # (K,) of all codes, averaged over about 1 / (1 − decay) batches
+
+    def __init__(self, codes: int, dims: int, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("vectors", torch.randn(codes, dims))
+        self.register_buffer("shares", torch.full((codes,), 1 / codes))
+
+    def begin(self, z: Tensor) -> None:
+        """Put every vector where one of z (N, D) is."""
+        self.vectors.copy_(self._some(z, len(self.vectors)))
+        self.shares.fill_(1 / len(self.shares))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The nearest vector's index (N,) for each of z (N, D). In float32 whatever the autocast."""
+        with torch.autocast(z.device.type, enabled=False):
+            half_squares = self.vectors.square().sum(dim=1) / 2
+            return torch.addmm(half_squares, at_least(4, z.float()), self.vectors.mT, alpha=-1).argmin(dim=1)[: len(z)]
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, codes: Tensor) -> None:
+        """One step of the moving averages, with γ = `decay`, n_k the number and Σ_k the sum of the z with code k:
+
+            p_k ← γ p_k + (1 − γ) n_k / N          e_k ← (γ p_k e_k + (1 − γ) Σ_k / N) / (the new p_k)
+
+        which is eq. 6 to 8 of the paper's appendix with sums over a batch divided by its size N. Then dead vectors
+        begin anew, at random ones of z.
+        """
+        gamma, n, k = self.decay, len(z), len(self.shares)
+        share = torch.bincount(codes, minlength=k).to(self.shares) / n
+        total = torch.zeros_like(self.vectors).index_add_(0, codes, z.to(self.vectors)) / n
+        moved = gamma * self.shares[:, None] * self.vectors + (1 - gamma) * total
+        self.shares.copy_(gamma * self.shares + (1 - gamma) * share)
+        self.vectors.copy_(moved / self.shares[:, None])
+        dead = (self.shares < DEAD / k).nonzero()[:, 0]
+        self.vectors.index_copy_(0, dead, self._some(z, len(dead)))
+        self.shares.index_fill_(0, dead, 1 / k)
+
+    def _some(self, z: Tensor, n: int) -> Tensor:
+        """(n, D) random ones of z, none twice as long as there are enough; a trace of noise tells copies apart."""
+        rounds = 1 + n // len(z)
+        order = torch.cat([torch.randperm(len(z), device=z.device) for _ in range(rounds)])[:n]
+        some = z.to(self.vectors)[order]
+        return some + 1e-3 * z.std().to(some) * torch.randn_like(some)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Over about the last 1 / (1 − decay) batches: the perplexity of the codes (K if all are as frequent), and the
+        share of the vectors that have at least a tenth of an equal share of the codes."""
+        p = self.shares / self.shares.sum()
+        return {
+            "perplexity": (-torch.special.xlogy(p, p).sum()).exp(),
+            "usage": (p > 0.1 / len(p)).float().mean(),
+        }
+
+
+class Residual(nn.Module):
+    """x + f(x) with a 3×3 and a 1×1 convolution (§4.1), the identity at first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.second(F.silu(self.first(F.silu(x))))
+        return out
+
+
+class DiscreteAutoencoder(nn.Module):
+    """Images -> T codes in 0 … K − 1 -> the parameters of the pixels' likelihood.
+
+    width         channels at a quarter of the image's resolution; half of them above
+    blocks        residual blocks at a quarter of the resolution, on either side
+    codes, dims   K and D
+
+    Raises `ValueError` that names the field, its value and what would be right.
+    """
+
+    def __init__(
+        self,
+        space: ImageSpace,
+        likelihood: PixelLikelihood,
+        width: int,
+        blocks: int,
+        codes: int,
+        dims: int,
+        decay: float,
+        commitment: float,
+    ) -> None:
+        super().__init__()
+        _check(space, width, blocks, codes, dims, decay, commitment)
+        self.likelihood, self.commitment = likelihood, commitment
+        self.height, self.width = space.height // PATCH, space.width // PATCH
+        half = width // 2
+        self.encoder = nn.Sequential(
+            nn.Conv2d(space.channels, half, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(half, width, 4, stride=2, padding=1),
+            *(Residual(width) for _ in range(blocks)),
+            nn.SiLU(),
+            nn.Conv2d(width, dims, 1),
+        )
+        self.codebook = Codebook(codes, dims, decay)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(dims, width, 3, padding=1),
+            *(Residual(width) for _ in range(blocks)),
+            nn.SiLU(),
+            nn.Conv2d(width, 4 * half, 1),
+            nn.PixelShuffle(2),
+            Residual(half),
+            nn.SiLU(),
+            nn.Conv2d(half, 4 * half, 1),
+            nn.PixelShuffle(2),
+            Residual(half),
+            nn.SiLU(),
+        )
+        bias = likelihood.initial_bias()
+        self.head = nn.Conv2d(half, len(bias), 3, padding=1)
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.bias.copy_(bias)  # type: ignore[union-attr]
+
+    @property
+    def tokens(self) -> int:
+        """T"""
+        return self.height * self.width
+
+    def prepare(self, x: Tensor) -> None:
+        """Put the codebook where the untrained encoder puts the images x (B, C, H, W)."""
+        self.codebook.begin(self._outputs(x).flatten(0, 1))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> codes (B, T) int64."""
+        return self.nearest(x)[0]
+
+    def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`encode`, and how far z_e is from the vectors that stand for it: (B,) mean squares."""
+        z = self._outputs(x)
+        codes = self.codebook(z.flatten(0, 1)).view(z.shape[:2])
+        return codes, (z - self.codebook.vectors[codes]).square().mean(dim=(1, 2))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) -> the parameters of the likelihood (B, P, H, W) float32."""
+        return self._params(self.codebook.vectors[codes])
+
+    def log_prob(self, x: Tensor, codes: Tensor) -> Tensor:
+        """(B,) nats: log p(x | codes)."""
+        return self.likelihood.log_prob(self.decode(codes), x).sum(dim=(1, 2))
+
+    def params(self, codes: Tensor, known: Tensor) -> Tensor:
+        """`decode` of images of which only the codes where known (B, T) holds have been drawn: the mean of the codebook
+        stands for the others."""
+        anywhere = (self.codebook.shares[:, None] * self.codebook.vectors).sum(dim=0) / self.codebook.shares.sum()
+        return self._params(torch.where(known[..., None], self.codebook.vectors[codes], anywhere))
+
+    def veiled(self, x: Tensor, known: Tensor) -> Tensor:
+        """Images x (B, C, H, W), grey in the patches whose codes are not known (B, T)."""
+        seen = known.view(-1, 1, self.height, self.width)
+        return torch.where(seen.repeat_interleave(PATCH, dim=2).repeat_interleave(PATCH, dim=3), x, NOT_YET)
+
+    def loss(self, x: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """−log p(x | z_q) + β |z_e − sg(e)|², in nats per dimension of the image and squares per dimension of a vector;
+        and what to log. The gradient passes through the choice of the vector as if it were none (straight-through,
+        §3.2). Moves the codebook."""
+        z = self._outputs(x).float()
+        codes = self.codebook(z.flatten(0, 1).detach()).view(z.shape[:2])
+        chosen = self.codebook.vectors[codes]
+        params = self._params(straight_through(z, chosen))
+        reconstruction = -self.likelihood.log_prob(params, x).sum(dim=(1, 2)).mean() / x[0].numel()
+        distance = F.mse_loss(z, chosen)
+        self.codebook.follow(z.flatten(0, 1).detach(), codes.flatten())
+        metrics = {"reconstruction": reconstruction.detach(), "distance": distance.detach()}
+        return reconstruction + self.commitment * distance, metrics | self.codebook.metrics()
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> z_e (B, T, D)"""
+        z: Tensor = self.encoder(2 * at_least(2, x) - 1)[: len(x)]
+        return z.flatten(2).transpose(1, 2)
+
+    def _params(self, vectors: Tensor) -> Tensor:
+        """(B, T, D) -> (B, P, H, W) float32"""
+        grid = at_least(2, vectors).transpose(1, 2)
+        grid = grid.reshape(len(grid), -1, self.height, self.width)
+        params: Tensor = self.head(self.decoder(grid))
+        return params[: len(vectors)].float()
+
+
+def straight_through(z: Tensor, chosen: Tensor) -> Tensor:
+    """`chosen` forward; backward the gradient goes to z unchanged."""
+    return z + (chosen - z).detach()
+
+
+def _check(space: ImageSpace, width: int, blocks: int, codes: int, dims: int, decay: float, commitment: float) -> None:
+    if space.height % PATCH or space.width % PATCH or not space.height or not space.width:
+        raise ValueError(f"image: {space.width}×{space.height}; width and height must be multiples of {PATCH}")
+    if width < 2 or width % 2:
+        raise ValueError(f"width: {width}; an even number of channels, half of which are used at higher resolutions")
+    for name, value, least in (("blocks", blocks, 0), ("codes", codes, 2), ("dims", dims, 1)):
+        if value < least:
+            raise ValueError(f"{name}: {value}; at least {least}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay: {decay} is not in [0, 1)")
+    if commitment < 0:
+        raise ValueError(f"commitment: {commitment}; at least 0")

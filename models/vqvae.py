@@ -1,0 +1,175 @@
+"""Vector-quantised variational autoencoder (VQ-VAE; van den Oord et al., arXiv 1711.00937), class-conditional: images
+become a few codes, and an autoregressive prior learns the language of the codes.
+
+Two stages, one after the other in one run: first the autoencoder (`models._vq`), then, with that one frozen, the prior
+(`models._codes`). A sample is drawn code by code from p(codes | label) and shown as the decoder sees it.
+
+    log p(x | label) ≥ log p(codes(x) | label) + log p(x | codes(x))
+
+is what a score returns: one term of the sum over all codes that p(x | label) is, so a bound, and the ELBO of a
+posterior that puts all its mass on the codes that the encoder chooses.
+
+What differs from the paper: the prior is a transformer, not a PixelCNN, and starts from the label; the decoder's
+likelihood is one of 8-bit pixels; and the codebook as `models._vq` says. A sample shows the decoder's expected image;
+the solver "draw" draws every pixel, which adds noise that is independent given the codes.
+
+    B    rows: chains, images       T    codes of an image       D    width of the prior
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import _codes, _protocol, _random
+from models._codes import CodeRows, CodeTransformer
+from models._likelihoods import pixel_likelihood
+from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Score, Spec, Steps
+from models._vq import DiscreteAutoencoder
+
+PIXELS = 1  # draw of a row's noise, beside the codes'
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes the networks and the objectives."""
+
+    codes: int = 512  # K, vectors in the codebook
+    dims: int = 32  # of a vector
+    width: int = 64  # channels of the autoencoder at a quarter of the image's resolution
+    blocks: int = 2  # residual blocks there, in the encoder and in the decoder
+    decay: float = 0.99  # γ of the codebook's moving averages
+    commitment: float = 0.25  # β
+    likelihood: str = "logistic"  # of a pixel given the codes, or "categorical"
+    components: int = 1  # of the logistic mixture
+    narrowest: float = -7.0  # least log-scale of a logistic, where black is −1 and white is 1
+    first_stage: float = 0.4  # part of the training that the autoencoder has
+    prior_width: int = 96  # D
+    prior_heads: int = 4
+    prior_layers: int = 4
+    label_dropout: float = 0.1  # how often training hides the label, so that p(x) is learnt next to p(x | label)
+
+
+@dataclass
+class VQRows(CodeRows):
+    """Images of which the first codes have been drawn."""
+
+    seed: Tensor  # (B,)
+    sample: Tensor  # (B,)
+    label: Tensor  # (B,)
+    drawn: Tensor  # (B,) bool: the image is a draw from the pixels' likelihood, not its mean
+
+
+class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
+    """Samples in T ticks with a cache; scores in one pass. Statistics of a score: the two terms of its negative, and
+    how far the encoder's outputs are from the vectors that stand for them (mean square)."""
+
+    statistic_names = ("codes_nats", "reconstruction_nats", "distance")
+
+    def __init__(self, config: Config, space: ImageSpace) -> None:
+        super().__init__()
+        _check(config)
+        self.config = config
+        likelihood = pixel_likelihood(config.likelihood, space.channels, config.components, config.narrowest)
+        self.autoencoder = DiscreteAutoencoder(
+            space, likelihood, config.width, config.blocks, config.codes, config.dims, config.decay, config.commitment
+        )
+        tokens = self.autoencoder.tokens
+        self.prior = CodeTransformer(
+            config.codes, tokens, 1, config.prior_width, config.prior_heads, config.prior_layers
+        )
+        # What the first code is drawn from; the last row is for images without a label.
+        self.label = nn.Parameter(0.5 * torch.randn(space.classes + 1, config.prior_width))
+        self.spec = Spec(
+            family="vqvae",
+            image=space,
+            steps=Steps(unit="token", min=tokens, default=tokens, max=tokens),
+            solvers=("mean", "draw"),
+            likelihood=Likelihood(kind="bound", dequantisation="none", note="the encoder's codes alone"),
+            temperature=Range(min=0.1, default=1.0, max=2.0),
+            top_k=config.codes,
+        )
+
+    def prompt(self, labels: Tensor) -> Tensor:
+        """(B, 1, D) for labels (B,), -1 for none."""
+        return self.label[torch.where(labels < 0, len(self.label) - 1, labels)][:, None]
+
+    def reconstruct(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The expected image given the codes; they do not depend on labels."""
+        return self.autoencoder.likelihood.mean(self.autoencoder.decode(self.autoencoder.encode(x)))
+
+    # objective
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        self.autoencoder.prepare(next(iter(batches)).x)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"autoencoder": list(self.autoencoder.parameters()), "prior": [*self.prior.parameters(), self.label]}
+
+    def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
+        """First the autoencoder's loss alone, then the prior's alone: nats per code."""
+        if batch.step < self.config.first_stage * batch.steps:
+            yield "autoencoder", *self.autoencoder.loss(batch.x)
+            return
+        with torch.no_grad():
+            codes = self.autoencoder.encode(batch.x)
+        hidden = torch.rand(batch.labels.shape, device=codes.device) < self.config.label_dropout
+        labels = batch.labels.masked_fill(hidden, _protocol.UNLABELLED)
+        logits = self.prior.logits(self.prompt(labels), codes)
+        yield "prior", F.cross_entropy(logits.flatten(0, 1), codes.flatten()), {}
+
+    # sampler
+
+    def init(self, draws: Sequence[Draw]) -> VQRows:
+        device = self.device
+        label = torch.tensor([d.label for d in draws], device=device)
+        return VQRows(
+            **_codes.begin(draws, self.autoencoder.tokens, self.config.codes, device),
+            cache=self.prior.begin(self.prompt(label)[:, 1:]),
+            seed=_random.seed_bits([d.seed for d in draws], device),
+            sample=torch.tensor([d.sample for d in draws], device=device),
+            label=label,
+            drawn=torch.tensor([d.solver == "draw" for d in draws], device=device),
+        )
+
+    def step(self, rows: VQRows) -> VQRows:
+        """Draw the next code of every image, wherever it is."""
+        _codes.advance(rows, self.prior.step(rows, self.prompt(rows.label)[:, 0], rows.cache))
+        return rows
+
+    def image(self, rows: VQRows) -> Tensor:
+        """What the codes so far are decoded to; grey where none has been drawn."""
+        params = self.autoencoder.params(rows.codes, rows.known)
+        x = self.autoencoder.likelihood.mean(params)
+        if rows.drawn.any():
+            shape = (self.autoencoder.likelihood.uniforms, *x.shape[2:])
+            uniforms = _random.uniform(rows.seed, rows.sample, 0, PIXELS, shape)
+            x = torch.where(rows.drawn[:, None, None, None], self.autoencoder.likelihood.draw(params, uniforms), x)
+        return self.autoencoder.veiled(x, rows.known)
+
+    # density
+
+    def evaluate(self, x: Tensor, labels: Tensor) -> Score:
+        codes, distance = self.autoencoder.nearest(x)
+        log_codes = self.prior.log_prob(self.prompt(labels), codes)
+        log_pixels = self.autoencoder.log_prob(x, codes)
+        return Score(
+            log_prob=log_codes + log_pixels,
+            statistics={"codes_nats": -log_codes, "reconstruction_nats": -log_pixels, "distance": distance},
+        )
+
+
+def _check(config: Config) -> None:
+    """Raises `ValueError` that names the field, its value and what would be right."""
+    if not 0 < config.first_stage < 1:
+        raise ValueError(f"first_stage: {config.first_stage} is not between 0 and 1; both stages need their steps")
+    if not 0 <= config.label_dropout < 1:
+        raise ValueError(f"label_dropout: {config.label_dropout} is not in [0, 1)")
+    if config.prior_layers < 1:
+        raise ValueError(f"prior_layers: {config.prior_layers}; at least 1")
+    if config.prior_width < 1 or config.prior_heads < 1 or config.prior_width % config.prior_heads:
+        raise ValueError(f"prior_width: {config.prior_width} is not a multiple of prior_heads ({config.prior_heads})")

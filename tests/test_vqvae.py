@@ -1,0 +1,316 @@
+"""The discrete autoencoder, the language of its codes, and the VQ-VAE that joins them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from test_families import LABELLED, examples, pictures
+
+from models import _codes, _rows
+from models._codes import CodeRows, CodeTransformer
+from models._likelihoods import Categorical
+from models._protocol import Draw, ImageSpace
+from models._vq import DEAD, Codebook, DiscreteAutoencoder, straight_through
+from models.vqvae import Config, Model
+
+TINY: dict[str, Any] = {"codes": 16, "dims": 4, "width": 8, "blocks": 1, "prior_width": 16, "prior_layers": 2}
+
+
+def built(space: ImageSpace = LABELLED, **changes: Any) -> Model:
+    torch.manual_seed(0)
+    model = Model(Config(**{**TINY, **changes}), space)
+    with torch.no_grad():
+        model.prepare([examples(8, space)])
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------- codebook
+
+
+def test_a_vector_is_the_nearest() -> None:
+    torch.manual_seed(0)
+    book, z = Codebook(20, 3, 0.9), torch.randn(50, 3)
+    assert torch.equal(book(z), torch.cdist(z, book.vectors).argmin(dim=1))
+
+
+def test_the_moving_averages_on_one_batch_are_their_closed_form() -> None:
+    """p after n steps is γⁿ p₀ + (1 − γⁿ) n_k / N, and p e likewise in Σ_k / N, as long as nothing changes sides."""
+    book = Codebook(2, 1, 0.9)
+    book.vectors.copy_(torch.tensor([[-1.0], [1.0]]))
+    z = torch.tensor([[-3.0], [-1.0], [2.0], [1.0], [3.0], [6.0]])
+    share, total = torch.tensor([2 / 6, 4 / 6]), torch.tensor([[-4 / 6], [12 / 6]])
+    first = book.shares[:, None] * book.vectors
+    for n in range(1, 30):
+        book.follow(z, book(z))
+        kept = 0.9**n
+        torch.testing.assert_close(book.shares, kept * 0.5 + (1 - kept) * share)
+        torch.testing.assert_close(book.shares[:, None] * book.vectors, kept * first + (1 - kept) * total)
+    for _ in range(200):
+        book.follow(z, book(z))
+    torch.testing.assert_close(book.vectors, torch.tensor([[-2.0], [3.0]]))  # the means of either side
+
+
+def test_dead_vectors_come_back_where_the_data_is() -> None:
+    torch.manual_seed(0)
+    book = Codebook(8, 2, 0.9)
+    book.vectors.copy_(torch.cat([torch.zeros(1, 2), torch.full((7, 2), 100.0)]))
+    z = torch.randn(64, 2)
+    steps = math.ceil(math.log(DEAD) / math.log(0.9))  # until a share of 1 / K has fallen below what is dead
+    for _ in range(steps - 1):
+        book.follow(z, book(z))
+    assert (book.vectors[1:] > 99).all(), "not before"
+    for _ in range(40):
+        book.follow(z, book(z))
+    assert (book.vectors.abs() < 5).all()
+    assert len(book(z).unique()) == 8
+
+
+def test_perplexity_and_usage_have_their_limits() -> None:
+    book = Codebook(10, 2, 0.9)
+    assert book.metrics()["perplexity"] == pytest.approx(10)
+    assert book.metrics()["usage"] == 1
+    book.shares.copy_(torch.tensor([0.5, 0.5] + [0.0] * 8))
+    assert book.metrics()["perplexity"] == pytest.approx(2)
+    assert book.metrics()["usage"] == pytest.approx(0.2)
+
+
+def test_more_vectors_than_data_begin_where_the_data_is_and_apart() -> None:
+    torch.manual_seed(0)
+    book, z = Codebook(10, 2, 0.9), torch.tensor([[0.0, 0.0], [5.0, 5.0], [9.0, 0.0]])
+    book.begin(z)
+    assert torch.cdist(book.vectors, z).min(dim=1).values.max() < 0.1
+    assert len(book.vectors.unique(dim=0)) == 10
+
+
+# ---------------------------------------------------------------------------------------------------------- autoencoder
+
+
+def test_the_gradient_passes_the_choice_of_a_vector_as_if_there_were_none() -> None:
+    z = torch.randn(5, 3, requires_grad=True)
+    chosen, weights = torch.randn(5, 3), torch.randn(5, 3)
+    out = straight_through(z, chosen)
+    torch.testing.assert_close(out, chosen)
+    (gradient,) = torch.autograd.grad((out * weights).sum(), z)
+    assert torch.equal(gradient, weights)
+
+
+def test_the_loss_is_that_of_the_paper_and_moves_the_codebook() -> None:
+    """Gradients of the encoder: the reconstruction's through the copy, and the commitment's."""
+    torch.manual_seed(0)
+    autoencoder = DiscreteAutoencoder(LABELLED, Categorical(1), 8, 1, 16, 4, decay=0.9, commitment=0.5)
+    x = pictures(6, LABELLED)
+    with torch.no_grad():
+        for parameter in autoencoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        autoencoder.prepare(pictures(6, LABELLED, seed=1))
+        codes, distance = autoencoder.nearest(x)
+        expected = -autoencoder.log_prob(x, codes).mean() / x[0].numel() + 0.5 * distance.mean()
+    before = autoencoder.codebook.vectors.clone()
+    loss, metrics = autoencoder.loss(x)
+    torch.testing.assert_close(loss.detach(), expected)
+    assert not torch.equal(autoencoder.codebook.vectors, before)
+    assert {"reconstruction", "distance", "perplexity", "usage"} <= metrics.keys()
+    assert all(p.grad_fn is None for p in autoencoder.codebook.buffers())
+    gradients = torch.autograd.grad(loss, list(autoencoder.parameters()))
+    assert all(g.abs().sum() > 0 for g in gradients)
+
+
+def test_training_fits_images_and_keeps_the_codebook_in_use() -> None:
+    torch.manual_seed(0)
+    autoencoder = DiscreteAutoencoder(LABELLED, Categorical(1), 16, 1, 16, 4, decay=0.9, commitment=0.25)
+    x = pictures(32, LABELLED)
+    x = ((x > 0.5).float() * 200 / 255 * 255).round() / 255
+    with torch.no_grad():
+        autoencoder.prepare(x)
+    optimiser = torch.optim.Adam(autoencoder.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(80):
+        loss, metrics = autoencoder.loss(x)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(metrics["reconstruction"]))
+    assert losses[-1] < 0.6 * losses[0]
+    assert metrics["perplexity"] > 4
+
+
+def test_an_image_partly_known_is_grey_elsewhere_and_whole_when_all_is_known() -> None:
+    model = built()
+    codes = model.autoencoder.encode(pictures(3, LABELLED))
+    known = torch.tensor([[True, False, False, False], [True, True, True, True], [False] * 4])
+    x = model.autoencoder.veiled(model.autoencoder.likelihood.mean(model.autoencoder.params(codes, known)), known)
+    assert (x[0, :, :4, 4:] == 0.5).all()
+    assert (x[0, :, 4:] == 0.5).all()
+    assert (x[0, :, :4, :4] != 0.5).any()
+    assert (x[2] == 0.5).all()
+    torch.testing.assert_close(x[1], model.reconstruct(pictures(3, LABELLED), torch.zeros(3))[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------- codes
+
+
+def language(prompt: int = 3, tokens: int = 4, codes: int = 3) -> CodeTransformer:
+    torch.manual_seed(0)
+    model = CodeTransformer(codes, tokens, prompt, width=16, heads=2, layers=2)
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.inference_mode()
+def test_all_sequences_of_codes_together_have_probability_one() -> None:
+    model = language()
+    sequences = torch.tensor(list(product(range(3), repeat=4)))
+    prompt = torch.randn(1, 3, 16).expand(len(sequences), -1, -1)
+    log_prob = model.log_prob(prompt, sequences)
+    assert float(log_prob.double().exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert log_prob.std() > 0.1
+
+
+def test_a_code_depends_on_the_prompt_and_the_codes_before_it_alone() -> None:
+    model = language()
+    codes, prompt = torch.zeros(1, 4, dtype=torch.int64), torch.randn(1, 3, 16, requires_grad=True)
+    h = torch.cat([prompt, model.embedding[codes[:, :-1]]], dim=1).detach().requires_grad_()
+    out = model.head(model.transformer(h + model.place))[:, 2:]
+    for i in range(4):
+        (gradient,) = torch.autograd.grad(out[0, i].square().sum(), h, retain_graph=True)
+        reached = gradient[0].abs().sum(dim=1) > 0
+        assert reached.tolist() == [k < 3 + i for k in range(6)]
+
+
+def rows_of(model: CodeTransformer, prompt: torch.Tensor, tokens: int, **draw: Any) -> CodeRows:
+    draws = [Draw(seed=7, sample=k, steps=tokens, **draw) for k in range(len(prompt))]
+    columns = _codes.begin(draws, tokens, len(model.embedding), torch.device("cpu"))
+    return CodeRows(**columns, cache=model.begin(prompt[:, :-1]))
+
+
+@pytest.mark.parametrize("prompt_length", [1, 3])
+@torch.inference_mode()
+def test_cached_logits_are_those_of_the_full_forward(prompt_length: int) -> None:
+    model = language(prompt_length, tokens=5, codes=8)
+    prompt = torch.randn(6, prompt_length, 16)
+    rows, stepped = rows_of(model, prompt, 5), []
+    while int(rows.left.max()):
+        stepped.append(model.step(rows, prompt[:, -1], rows.cache))
+        _codes.advance(rows, stepped[-1])
+    torch.testing.assert_close(torch.stack(stepped, dim=1), model.logits(prompt, rows.codes), rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_rows_at_different_places_share_a_batch() -> None:
+    model = language(2, tokens=5, codes=8)
+    prompt = torch.randn(8, 2, 16)
+    alone, ahead = rows_of(model, prompt, 5), rows_of(model, prompt, 5)
+    for _ in range(5):
+        _codes.advance(alone, model.step(alone, prompt[:, -1], alone.cache))
+    for _ in range(2):
+        _codes.advance(ahead, model.step(ahead, prompt[:, -1], ahead.cache))
+    mixed = _rows.cat([ahead, rows_of(model, prompt, 5)])
+    both = torch.cat([prompt, prompt])
+    for _ in range(3):
+        _codes.advance(mixed, model.step(mixed, both[:, -1], mixed.cache))
+    assert torch.equal(mixed.codes[:8], alone.codes)
+    assert torch.equal(mixed.codes[8:, :3], alone.codes[:, :3])
+
+
+def test_choices_have_the_frequencies_of_the_softmax() -> None:
+    logits = torch.tensor([[0.0, 2.0, -1.0, 1.0]])
+    uniforms = ((torch.arange(1000) + 0.5) / 1000).double()[:, None]
+    for temperature, top_k in ((1.0, 4), (0.5, 4), (1.0, 2), (2.0, 3)):
+        column = torch.full((1000, 1), temperature, dtype=torch.float64)
+        chosen = _codes.choose(logits.expand(1000, -1), uniforms, column, torch.full((1000,), top_k))
+        least = logits[0].sort(descending=True).values[top_k - 1]
+        expected = (logits[0] / temperature).masked_fill(logits[0] < least, -torch.inf).softmax(dim=0)
+        found = torch.bincount(chosen[:, 0], minlength=4) / 1000
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_the_likeliest_alone_is_greedy_whatever_the_temperature_and_the_noise() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(64, 9)
+    logits[:, 3] = logits[:, 5]  # ties
+    for temperature in (0.1, 1.0, 2.0):
+        column = torch.full((64, 1), temperature, dtype=torch.float64)
+        chosen = _codes.choose(logits, torch.rand(64, 1).double(), column, torch.ones(64, dtype=torch.int64))
+        assert torch.equal(chosen[:, 0], logits.argmax(dim=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@torch.inference_mode()
+def test_the_bound_is_a_term_of_the_sum_over_all_codes() -> None:
+    """With two codes for each of four patches all sixteen sequences can be summed: log p(x) is at least the bound."""
+    model = built(codes=2)
+    x, labels = pictures(4, LABELLED), torch.tensor([0, 1, 2, -1])
+    terms = []
+    for sequence in product(range(2), repeat=4):
+        codes = torch.tensor([sequence]).expand(4, -1)
+        log_codes = model.prior.log_prob(model.prompt(labels), codes)
+        terms.append(log_codes + model.autoencoder.log_prob(x, codes))
+    score = model.log_prob(x, labels).log_prob
+    assert score is not None
+    log_prob = torch.stack(terms).logsumexp(dim=0)
+    assert (score <= log_prob + 1e-4).all()
+    assert (score > log_prob - 20).all()
+    assert any((score[i] - term[i]).abs() < 1e-3 for term in terms for i in range(4))
+
+
+@torch.inference_mode()
+def test_a_drawn_image_shows_the_codes_of_its_mean() -> None:
+    model = built()
+    asked = [Draw(seed=3, sample=0, steps=4, label=1, solver=solver) for solver in ("mean", "draw")]
+    rows = model.init(asked)
+    while int(rows.left.max()):
+        rows = model.step(rows)
+    assert torch.equal(rows.codes[0], rows.codes[1])
+    mean, drawn = model.image(rows)
+    assert torch.equal(mean, model.autoencoder.likelihood.mean(model.autoencoder.decode(rows.codes))[0])
+    assert not torch.equal(mean, drawn)
+    assert torch.equal((drawn * 255).round() / 255, drawn)
+
+
+def test_each_stage_trains_its_own_half() -> None:
+    torch.manual_seed(0)
+    model, batch = Model(Config(**TINY, first_stage=0.5), LABELLED), examples(8, LABELLED)
+    with torch.no_grad():
+        model.prepare([batch])
+    groups = [
+        [group for group, _, _ in model.objective(dataclasses.replace(batch, step=step, steps=4))] for step in range(4)
+    ]
+    assert groups == [["autoencoder"], ["autoencoder"], ["prior"], ["prior"]]
+    book = model.autoencoder.codebook.vectors.clone()
+    list(model.objective(dataclasses.replace(batch, step=3, steps=4)))
+    assert torch.equal(model.autoencoder.codebook.vectors, book), "the second stage leaves the codebook alone"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": 1}, "codes: 1; at least 2"),
+        ({"width": 7}, "width: 7; an even number"),
+        ({"decay": 1.0}, "decay: 1.0 is not in [0, 1)"),
+        ({"commitment": -1.0}, "commitment: -1.0"),
+        ({"likelihood": "normal"}, "likelihood: 'normal'"),
+        ({"first_stage": 1.0}, "first_stage: 1.0"),
+        ({"label_dropout": 1.0}, "label_dropout: 1.0"),
+        ({"prior_width": 15}, "prior_width: 15"),
+        ({"prior_layers": 0}, "prior_layers: 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Model(Config(**{**TINY, **changes}), LABELLED)
+
+
+def test_images_that_cannot_be_cut_into_patches_are_refused() -> None:
+    with pytest.raises(ValueError, match="image: 10×8"):
+        Model(Config(**TINY), ImageSpace(width=10, height=8, channels=1))
