@@ -1,4 +1,5 @@
-"""What a score tells beside the likelihood, for families that know the distribution of every pixel given those before.
+"""For families that draw an image pixel by pixel, and know the distribution of each given those before: a preview of
+the image, and what a score tells beside the likelihood.
 
 The surprise of a pixel is −log p_i less what was to be expected, the entropy of p(· | x_<i); over images that the model
 itself draws, surprises have mean zero and are uncorrelated. Statistics of it, which cost no further pass:
@@ -10,13 +11,23 @@ itself draws, surprises have mean zero and are uncorrelated. Statistics of it, w
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from models._protocol import Score
 
+NOT_YET = 0.5  # what a preview shows where no pixel has been drawn
 TILE = 4
 STATISTICS = ("entropy", "worst_tile", "autocorrelation")
+
+
+def picture(levels: Tensor, drawn: Tensor, shape: tuple[int, int, int], count: int) -> Tensor:
+    """(B, C, H, W) in [0, 1] of levels (B, H·W, C), each one of `count`; grey from pixel `drawn` (B,) on."""
+    c, h, w = shape
+    grid = levels.to(torch.float32) if count == 256 else (levels * (255 / (count - 1))).round()
+    known = torch.arange(h * w, device=drawn.device) < drawn[:, None]
+    return torch.where(known[:, :, None], grid / 255, NOT_YET).view(-1, h, w, c).permute(0, 3, 1, 2)
 
 
 def score(log_prob: Tensor, entropy: Tensor) -> Score:

@@ -12,7 +12,7 @@ attention's logits for each head and each lag (arXiv 1910.10683, §2.1, with a b
 What conditions a sequence (a label, a prompt) is given with its inputs: added to them, or in tokens of its own before
 them, which `prefill` takes all at once.
 
-    B    rows             T    tokens of a sequence     R    reach      C    positions of a block of queries
+    B    rows             T    tokens of a sequence     R    reach      C    queries of a block
     D    width            d    width of a head          S    stride     N    blocks
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,13 @@ from torch.nn import functional as F
 
 # A step reads a cache as far as the row that has come furthest needs it, in blocks of so many positions that are summed
 # up one after the other: what lies beyond a row's own position adds exact zeros, and its floats do not depend on how
-# far other rows have come.
+# far other rows have come. A multiple of the numbers that a CPU adds up at once (16).
 BLOCK = 128
+# Queries of a block where a whole sequence is taken at once. Softmax on CPUs is several times as fast over a multiple
+# of 32 bfloat16 keys as over any other number.
+QUERIES = 32
 
-Cache = tuple[Tensor, ...]  # of each layer, (B, S, heads, 2, R, d): keys and values of the last R · S positions
+Cache = tuple[Tensor, ...]  # of each layer, (B, S, heads, 2, K, d): keys and values of the last K · S positions, K ≥ R
 
 
 class Pattern(NamedTuple):
@@ -59,20 +62,24 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads, hidden, p, 1 / math.sqrt(2 * len(patterns))) for p in fitting)
         self.norm = nn.LayerNorm(width)
 
+    @property
+    def _layers(self) -> tuple[Layer, ...]:
+        return cast("tuple[Layer, ...]", tuple(self.layers))
+
     def forward(self, h: Tensor) -> Tensor:
         """All of a sequence, or its beginning: (B, T, D) -> (B, T, D)."""
-        for layer in self.layers:
+        for layer in self._layers:
             h = layer(h)
         out: Tensor = self.norm(h)
         return out
 
     def cache(self, rows: int) -> Cache:
         """That of so many rows at position 0."""
-        return tuple(layer.attention.cache(rows) for layer in self.layers)
+        return tuple(layer.attention.cache(rows) for layer in self._layers)
 
     def prefill(self, h: Tensor, cache: Cache) -> Tensor:
         """`forward` over a sequence's beginning (B, T0, D), which fills the cache: `step` goes on at position T0."""
-        for layer, part in zip(self.layers, cache, strict=True):
+        for layer, part in zip(self._layers, cache, strict=True):
             h = layer.prefill(h, part)
         out: Tensor = self.norm(h)
         return out
@@ -83,7 +90,7 @@ class Transformer(nn.Module):
         Taking the same step again gives the same result: it writes nothing but what belongs to its own positions.
         """
         furthest = int(position.max())
-        for layer, part in zip(self.layers, cache, strict=True):
+        for layer, part in zip(self._layers, cache, strict=True):
             h = layer.step(h, part, position, furthest)
         out: Tensor = self.norm(h)
         return out
@@ -113,7 +120,8 @@ class Layer(nn.Module):
         return self._perceptron(h + self.attention.step(self.norm1(h), cache, position, furthest))
 
     def _perceptron(self, h: Tensor) -> Tensor:
-        return h + self.down(F.gelu(self.up(self.norm2(h))))
+        out: Tensor = h + self.down(F.gelu(self.up(self.norm2(h))))
+        return out
 
 
 class Attention(nn.Module):
@@ -135,7 +143,7 @@ class Attention(nn.Module):
         b, t, width = x.shape
         (reach, stride), heads = self.pattern, self.heads
         length = math.ceil(t / stride)
-        size = length if reach >= length else min(length, max(8, math.ceil(reach / 3)))  # C
+        size = QUERIES * (math.ceil(length / QUERIES) if reach >= length else 1)  # C
         blocks = math.ceil(length / size)  # N
         before = 0 if blocks == 1 else math.ceil((reach - 1) / size)  # blocks that the first query of a block sees
         qkv: Tensor = self.qkv(x)
@@ -168,35 +176,36 @@ class Attention(nn.Module):
     def cache(self, rows: int) -> Tensor:
         d = self.qkv.in_features // self.heads
         reach, stride = self.pattern
-        return self.bias.new_zeros(rows, stride, self.heads, 2, reach, d)
+        kept = reach if reach <= BLOCK else math.ceil(reach / BLOCK) * BLOCK
+        return self.bias.new_zeros(rows, stride, self.heads, 2, kept, d)
 
     def fill(self, cache: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep keys and values (B, T0, heads, d) of the positions 0 … T0 − 1, as far back as any later one looks."""
-        (reach, stride), t = self.pattern, keys.shape[1]
-        at = torch.arange(max(0, t - reach * stride), t, device=keys.device)
-        kept = torch.stack([keys, values], dim=3)[:, at]  # (B, ·, heads, 2, d)
-        cache[:, at % stride, :, :, at // stride % reach] = kept.transpose(0, 1).to(cache.dtype)
+        stride, kept, t = self.pattern.stride, cache.shape[4], keys.shape[1]
+        at = torch.arange(max(0, t - kept * stride), t, device=keys.device)
+        last = torch.stack([keys, values], dim=3)[:, at]  # (B, ·, heads, 2, d)
+        cache[:, at % stride, :, :, at // stride % kept] = last.transpose(0, 1).to(cache.dtype)
 
     def step(self, x: Tensor, cache: Tensor, position: Tensor, furthest: int) -> Tensor:
-        """x (B, D) -> (B, D). A position p is the (p // S)-th of its stride, and lies there modulo R."""
-        (reach, stride), heads, b = self.pattern, self.heads, len(x)
-        row, turn = torch.arange(b, device=x.device), position // stride
+        """x (B, D) -> (B, D). Position p is turn ⌊p / S⌋ of lane p mod S, and lies there at its turn modulo K."""
+        (reach, stride), heads, b, kept = self.pattern, self.heads, len(x), cache.shape[4]
+        row, lane, turn = torch.arange(b, device=x.device), position % stride, position // stride
         q, k, v = self.qkv(x).view(b, 3, heads, -1).unbind(dim=1)  # (B, heads, d) each
-        cache[row, position % stride, :, :, turn % reach] = torch.stack([k, v], dim=2)
+        cache[row, lane, :, :, turn % kept] = torch.stack([k, v], dim=2)
 
-        n = min(reach, (furthest // stride // BLOCK + 1) * BLOCK)
-        mine = cache if stride == 1 else cache.flatten(0, 1).index_select(0, row * stride + position % stride)
-        keys, values = mine.view(b * heads, 2, reach, -1).unbind(dim=1)
-        slot = torch.arange(n, device=x.device)
-        lag = (turn[:, None] - slot) % reach  # (B, n)
-        bias = self.bias[lag].masked_fill((lag > turn[:, None])[:, :, None], -torch.inf)
+        mine = cache if stride == 1 else cache.flatten(0, 1).index_select(0, row * stride + lane)
+        keys, values = mine.view(b * heads, 2, kept, -1).unbind(dim=1)
+        n = min(kept, (furthest // stride // BLOCK + 1) * BLOCK)
+        blocks = [slice(at, at + BLOCK) for at in range(0, n, BLOCK)]
+        lag = (turn[:, None] - torch.arange(n, device=x.device)) % kept  # (B, n)
+        unseen = lag > turn.clamp(max=reach - 1)[:, None]
+        bias = self.bias[lag.clamp(max=reach - 1)].masked_fill(unseen[:, :, None], -torch.inf)
         q = q.reshape(b * heads, 1, -1) * (1 / math.sqrt(q.shape[-1]))
-        parts = [slice(at, min(at + BLOCK, n)) for at in range(0, n, BLOCK)]
-        logits = torch.cat([torch.bmm(q, keys[:, part].mT) for part in parts], dim=2)
+        logits = torch.cat([torch.bmm(q, keys[:, block].mT) for block in blocks], dim=2)
         weights = (logits + bias.mT.reshape(b * heads, 1, n)).softmax(dim=-1)
-        mixed = torch.bmm(weights[:, :, parts[0]], values[:, parts[0]])
-        for part in parts[1:]:
-            mixed.baddbmm_(weights[:, :, part], values[:, part])
+        mixed = torch.bmm(weights[:, :, blocks[0]], values[:, blocks[0]])
+        for block in blocks[1:]:
+            mixed.baddbmm_(weights[:, :, block], values[:, block])
         out: Tensor = self.out(mixed.view(b, -1))
         return out
 

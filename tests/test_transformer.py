@@ -11,7 +11,7 @@ from torch import Tensor
 from models import _transformer
 from models._transformer import Cache, Pattern, Transformer
 
-LENGTH = 23
+LENGTH = 23  # blocks are made smaller than that
 PATTERNS = {
     "full": [LENGTH],
     "window": [Pattern(5)],
@@ -21,6 +21,12 @@ PATTERNS = {
     "several": [Pattern(4), Pattern(99, 5), LENGTH, 9],
 }
 patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_transformer, "QUERIES", 4)
+    monkeypatch.setattr(_transformer, "BLOCK", 16)
 
 
 def build(pattern: list[Pattern | int], length: int = LENGTH, width: int = 16) -> Transformer:
@@ -101,9 +107,8 @@ def test_a_step_can_be_taken_again(pattern: list[Pattern | int]) -> None:
             assert torch.equal(network.step(h[:, i], cache, torch.full((4,), i)), expected[:, i])
 
 
-def test_how_far_others_have_come_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_far_others_have_come_does_not_change_a_bit() -> None:
     """A row at the beginning beside one at the end, where the cache is read in many blocks instead of one."""
-    monkeypatch.setattr(_transformer, "BLOCK", 16)
     length = 150
     network, h = build([length], length), torch.randn(4, length, 16)
     late = network.cache(4)

@@ -1,0 +1,405 @@
+"""A transformer over pixels: exact by enumeration, causal by gradient, its cached sampler equal to the naive one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import _pixels, _rows, pixel_transformer
+from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
+from models.pixel_transformer import REACH, Config, Model, PixelRows
+
+GREY = ImageSpace(width=7, height=6, channels=1, labels=("a", "b", "c"))
+COLOUR = ImageSpace(width=5, height=4, channels=3)
+SMALL = Config(width=16, heads=2, hidden=16, layers=("near", "column", "all"), near=9, embedding=4)
+TINY = Config(width=8, heads=2, hidden=8, layers=("near", "column"), near=3, embedding=3)
+
+
+def build(config: Config, space: ImageSpace, seed: int = 0) -> Model:
+    """A model whose logits are far from alike, so that every dependence shows."""
+    torch.manual_seed(seed)
+    model = Model(config, space)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(1.4 * parameter + 0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def every_image(space: ImageSpace, levels: int) -> Tensor:
+    """(levels^D, C, H, W): all that the space holds."""
+    images = torch.tensor(list(itertools.product(range(levels), repeat=space.dims)), dtype=torch.float32)
+    return images.view(-1, *space.shape) / (levels - 1)
+
+
+def draws(space: ImageSpace, n: int) -> list[Draw]:
+    steps, choices = space.width * space.height, space.classes + 1
+    return [
+        Draw(
+            seed=100 + i,
+            sample=i,
+            steps=steps,
+            label=i % choices - 1,
+            temperature=0.6 + 0.2 * (i % 4),
+            top_k=(None, 3, 100)[i % 3],
+        )
+        for i in range(n)
+    ]
+
+
+@torch.inference_mode()
+def sample(model: Model, requests: list[Draw]) -> Tensor:
+    rows = model.init(requests)
+    while int(rows.left.max()) > 0:
+        rows = model.step(rows)
+    return model.image(rows)
+
+
+@torch.inference_mode()
+def sample_naively(model: Model, requests: list[Draw]) -> Tensor:
+    """A full forward pass for every channel of every pixel."""
+    rows = model.init(requests)
+    c, h, w = model.spec.image.shape
+    top = model.config.levels - 1
+    x = torch.zeros(len(requests), c, h, w)
+    for i in range(h * w):
+        for k in range(c):
+            logits = model.logits(x, rows.label)[:, k, i // w, i % w]
+            uniforms = rows.uniforms[:, i, k, None].contiguous()
+            level = pixel_transformer.choose(logits, uniforms, rows.temperature, rows.top_k)
+            x[:, k, i // w, i % w] = level[:, 0] / top
+    return (x * 255).round() / 255
+
+
+# -------------------------------------------------------------------------------------------------------------- density
+
+
+@pytest.mark.parametrize(
+    ("space", "levels"),
+    [
+        (ImageSpace(width=2, height=2, channels=1, labels=("a", "b")), 4),
+        (ImageSpace(width=3, height=1, channels=2), 4),
+        (ImageSpace(width=1, height=3, channels=3, labels=("a",)), 2),
+    ],
+)
+@pytest.mark.parametrize("layers", [("near", "column"), ("all",)])
+def test_probabilities_of_a_whole_space_sum_to_one(space: ImageSpace, levels: int, layers: tuple[str, ...]) -> None:
+    model = build(dataclasses.replace(TINY, levels=levels, layers=layers), space)
+    x = every_image(space, levels)
+    for label in range(UNLABELLED, space.classes):
+        log_prob = model.log_prob(x, torch.full((len(x),), label)).log_prob
+        assert log_prob is not None
+        assert log_prob.max() <= 0
+        assert log_prob.std() > 0.3  # far from uniform
+        assert log_prob.double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_entropy_is_the_expected_surprisal_and_surprises_are_uncorrelated() -> None:
+    """By enumeration: E[−log p(x)] = E[Σ entropy], and pixels' surprises have mean zero and no correlation."""
+    space = ImageSpace(width=2, height=2, channels=2)
+    model = build(dataclasses.replace(TINY, levels=3), space)
+    x = every_image(space, 3)
+    with torch.inference_mode():
+        score = model.log_prob(x)
+        log_prob, entropy = model.pixel_terms(x, torch.full((len(x),), UNLABELLED))
+    p = log_prob.double().sum(dim=(1, 2)).exp()
+    surprise = -(log_prob + entropy).double()
+    assert (p[:, None, None] * surprise).sum(dim=0).abs().max() < 1e-5
+    assert (p @ (surprise.flatten(1) ** 2)).min() > 0.01  # they do vary
+    covariance = torch.einsum("n,ni,nj->ij", p, surprise.flatten(1), surprise.flatten(1))
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-5
+    assert (p @ score.statistics["autocorrelation"].double()).abs().item() < 1e-5
+    torch.testing.assert_close(score.statistics["entropy"], entropy.sum(dim=(1, 2)))
+
+
+def test_log_prob_is_the_sum_of_its_pixel_terms_under_the_logits() -> None:
+    model = build(SMALL, COLOUR)
+    x = torch.randint(0, 256, (3, *COLOUR.shape)) / 255
+    labels = torch.full((3,), UNLABELLED)
+    with torch.inference_mode():
+        score = model.log_prob(x, labels)
+        logits = model.logits(x, labels)
+    assert score.log_prob is not None
+    assert score.per_pixel is not None
+    assert logits.shape == (3, *COLOUR.shape, 256)
+    terms = logits.log_softmax(dim=-1).gather(-1, (x * 255).round().long()[..., None])[..., 0]
+    torch.testing.assert_close(score.per_pixel, terms.sum(dim=1))
+    torch.testing.assert_close(score.log_prob, score.per_pixel.sum(dim=(1, 2)))
+
+
+# ------------------------------------------------------------------------------------------------------------ causality
+
+
+def seen_by(layer: str, near: int, space: ImageSpace) -> Tensor:
+    """(H·W, H·W) bool: which inputs (the patches before a pixel) a layer's output at a pixel depends on."""
+    at = torch.arange(space.width * space.height)
+    lag = at[:, None] - at
+    by_name = {"near": lag < near, "column": lag % space.width == 0, "all": lag >= 0}
+    return by_name[layer] & (lag >= 0)
+
+
+@pytest.mark.parametrize("layers", [("near",), ("column",), ("all",), ("near", "column"), ("near", "near", "column")])
+@pytest.mark.parametrize("space", [GREY, COLOUR])
+def test_a_pixel_depends_on_what_its_layers_show_it_and_never_on_what_comes_after(
+    layers: tuple[str, ...], space: ImageSpace
+) -> None:
+    """∂ logits_(i, c) / ∂ x_(j, k) is zero exactly where no chain of layers leads from i to a patch that shows j."""
+    model = build(dataclasses.replace(SMALL, layers=layers), space)
+    n = space.width * space.height
+    levels = torch.randint(0, 256, (1, space.height, space.width, space.channels))
+    embedded = model.network.embed(levels).detach().requires_grad_()
+    features = model.network(embedded, torch.tensor([space.classes - 1]))
+
+    row, column = torch.arange(n) // space.width, torch.arange(n) % space.width
+    up, left = row[:, None] - row, column[:, None] - column
+    patch = ((up > 0) & (up <= REACH) & (left.abs() <= REACH)) | ((up == 0) & (left > 0) & (left <= REACH))
+    reached = torch.eye(n)
+    for layer in layers:
+        reached = ((seen_by(layer, SMALL.near, space) | torch.eye(n).bool()).float() @ reached).clamp(max=1)
+    expected = (reached @ patch.float()) > 0
+    assert not (expected & (torch.arange(n) >= torch.arange(n)[:, None])).any()
+
+    for c in range(space.channels):
+        logits = model.network.logits(c, features, embedded).view(n, -1)
+        for i in range(n):
+            (gradient,) = torch.autograd.grad(
+                logits[i].square().sum(), embedded, retain_graph=True, materialize_grads=True
+            )
+            influence = gradient.view(n, space.channels, -1).abs().amax(dim=2) > 0
+            own = torch.arange(space.channels) < c
+            assert torch.equal(influence[i], own), "of its own pixel a channel sees those before it"
+            influence[i] = False
+            assert torch.equal(influence, expected[i, :, None].expand_as(influence)), f"pixel {i}, channel {c}"
+
+
+def test_near_and_column_together_see_every_pixel_before() -> None:
+    model = build(dataclasses.replace(SMALL, layers=("near", "column"), near=7), GREY)
+    embedded = model.network.embed(torch.randint(0, 256, (1, 6, 7, 1))).detach().requires_grad_()
+    out = model.network(embedded, torch.tensor([0]))[0, -1, -1]
+    (gradient,) = torch.autograd.grad(out.square().sum(), embedded)
+    assert (gradient.abs().amax(dim=3).flatten() > 0).tolist() == [True] * 41 + [False]
+
+
+def test_label_and_place_reach_every_pixel() -> None:
+    model = build(SMALL, GREY)
+    embedded = model.network.embed(torch.zeros(1, GREY.height, GREY.width, 1, dtype=torch.int64))
+    by_label = [model.network(embedded, torch.tensor([label])) for label in (UNLABELLED, 0, 1, 2)]
+    for a, b in itertools.combinations(by_label, 2):
+        assert (a - b).abs().amax(dim=3).min() > 1e-4
+    assert by_label[0].view(-1, SMALL.width).unique(dim=0).shape[0] == GREY.width * GREY.height
+
+
+# -------------------------------------------------------------------------------------------------------------- sampler
+
+
+@pytest.mark.parametrize(
+    ("config", "space"),
+    [
+        (SMALL, GREY),
+        (dataclasses.replace(SMALL, levels=8), COLOUR),
+        (dataclasses.replace(SMALL, layers=("all",)), ImageSpace(width=3, height=4, channels=1)),
+        (SMALL, ImageSpace(width=1, height=5, channels=1)),
+    ],
+)
+def test_cached_sampler_equals_naive_sampler(config: Config, space: ImageSpace) -> None:
+    model = build(config, space)
+    requests = draws(space, 6)
+    cached = sample(model, requests)
+    assert torch.equal(cached, sample_naively(model, requests))
+    assert cached.std() > 0.1
+    assert torch.equal((cached * 255).round() / 255, cached)
+
+
+@pytest.mark.parametrize("space", [GREY, COLOUR])
+def test_cached_logits_equal_those_of_the_full_forward(space: ImageSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    original = pixel_transformer.choose
+
+    def spy(logits: Tensor, *rest: Tensor) -> Tensor:
+        seen.append(logits.clone())
+        return original(logits, *rest)
+
+    monkeypatch.setattr(pixel_transformer, "choose", spy)
+    model = build(SMALL, space)
+    requests = draws(space, 4)
+    x = sample(model, requests)
+    cached = torch.stack(seen, dim=1)  # (B, H·W·C, levels)
+    with torch.inference_mode():
+        full = model.logits(x, torch.tensor([d.label for d in requests]))
+    torch.testing.assert_close(cached, full.permute(0, 2, 3, 1, 4).flatten(1, 3), rtol=1e-5, atol=2e-5)
+
+
+def test_rows_join_and_leave_and_stand_at_different_pixels() -> None:
+    """Every image is the one that it is in a batch of its own, whoever steps beside it."""
+    model = build(SMALL, GREY)
+    size, requests = 8, draws(GREY, 13)
+    alone = [sample(model, [request] * size)[:1] for request in requests]
+    generator = torch.Generator().manual_seed(0)
+    waiting, names, finished = list(range(13)), [], {}
+    rows: PixelRows | None = None
+    with torch.inference_mode():
+        while waiting or names:
+            if waiting and len(names) < size and (not names or torch.rand((), generator=generator) < 0.15):
+                name = waiting.pop()
+                new = model.init([requests[name]])
+                rows = new if rows is None or not names else _rows.cat([_rows.take(rows, range(len(names))), new])
+                names = [*names, name]
+            assert rows is not None
+            rows = model.step(_rows.pad(rows, size))
+            left = rows.left[: len(names)]
+            for k in (left == 0).nonzero().flatten().tolist():
+                finished[names[k]] = model.image(rows)[k : k + 1]
+            stay = (left > 0).nonzero().flatten()
+            order = stay[torch.randperm(len(stay), generator=generator)]
+            rows, names = _rows.take(rows, order), [names[k] for k in order.tolist()]
+    assert len(finished) == 13
+    for i, image in finished.items():
+        assert torch.equal(image, alone[i])
+
+
+def test_a_tick_that_failed_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that raises leaves its rows as good as they were."""
+    model = build(SMALL, GREY)
+    requests = draws(GREY, 4)
+    expected = sample(model, requests)
+    original = pixel_transformer.choose
+
+    def fail(*_: Tensor) -> Tensor:
+        raise MemoryError
+
+    with torch.inference_mode():
+        rows = model.init(requests)
+        while int(rows.left.max()) > 0:
+            monkeypatch.setattr(pixel_transformer, "choose", fail)
+            with pytest.raises(MemoryError):
+                model.step(rows)
+            monkeypatch.setattr(pixel_transformer, "choose", original)
+            rows = model.step(rows)
+    assert torch.equal(model.image(rows), expected)
+
+
+def test_preview_shows_what_is_drawn_and_grey_beyond() -> None:
+    model = build(SMALL, COLOUR)
+    final = sample(model, draws(COLOUR, 2)).flatten(2)
+    with torch.inference_mode():
+        rows = model.init(draws(COLOUR, 2))
+        for tick in range(COLOUR.width * COLOUR.height):
+            preview = model.image(rows).flatten(2)
+            assert torch.equal(preview[..., :tick], final[..., :tick])
+            assert (preview[..., tick:] == _pixels.NOT_YET).all()
+            rows = model.step(rows)
+
+
+def test_samples_follow_the_density() -> None:
+    """Frequencies of all 16 images of a tiny space against their probabilities: χ² with 15 degrees of freedom."""
+    space, n = ImageSpace(width=2, height=2, channels=1), 4000
+    model = build(dataclasses.replace(TINY, levels=2), space)
+    with torch.inference_mode():
+        expected = n * model.log_prob(every_image(space, 2)).log_prob.exp()  # type: ignore[union-attr]
+    x = sample(model, [Draw(seed=7, sample=i, steps=4) for i in range(n)])
+    index = (x.flatten(1) * torch.tensor([8, 4, 2, 1])).sum(dim=1).long()
+    chi2 = ((index.bincount(minlength=16) - expected).square() / expected).sum()
+    assert chi2 < 37.7  # exceeded by one seed in a thousand
+
+
+def test_low_temperatures_and_few_choices_draw_likelier_images() -> None:
+    model = build(SMALL, GREY)
+    for settings in ([{"temperature": t} for t in (0.3, 1.0, 2.0)], [{"top_k": k} for k in (1, 16, 256)]):
+        likelihoods = []
+        for setting in settings:
+            x = sample(model, [Draw(seed=1, sample=i, steps=42, **setting) for i in range(24)])  # type: ignore[arg-type]
+            with torch.inference_mode():
+                likelihoods.append(model.log_prob(x).log_prob.mean())  # type: ignore[union-attr]
+        assert likelihoods == sorted(likelihoods, reverse=True)
+
+
+def test_the_only_choice_is_the_likeliest_level_at_every_pixel() -> None:
+    model = build(SMALL, GREY)
+    x = sample(model, [Draw(seed=1, sample=i, steps=42, top_k=1) for i in range(4)])
+    assert torch.equal(x, x[:1].expand_as(x)), "no randomness is left"
+    with torch.inference_mode():
+        likeliest = model.logits(x, torch.full((4,), UNLABELLED)).argmax(dim=-1)
+    assert torch.equal((x * 255).round().long(), likeliest)
+
+
+# ------------------------------------------------------------------------------------------------------------ objective
+
+
+def test_objective_is_the_mean_negative_log_likelihood() -> None:
+    model = build(dataclasses.replace(SMALL, label_dropout=0.0), GREY)
+    x, labels = torch.randint(0, 256, (4, *GREY.shape)) / 255, torch.tensor([0, 1, 2, UNLABELLED])
+    ((group, loss, metrics),) = model.objective(Batch(x, labels))
+    assert {group} == model.groups().keys()
+    log_prob = model.log_prob(x, labels).log_prob
+    assert log_prob is not None
+    torch.testing.assert_close(loss, -log_prob.mean() / GREY.dims)
+    assert metrics["bits_per_dim"].item() == pytest.approx(loss.item() / math.log(2), rel=1e-6)
+
+
+def test_hidden_labels_teach_the_null_label_alone() -> None:
+    x, labels = torch.rand(8, *GREY.shape), torch.arange(8) % 3
+    for dropout, learns in ((0.0, [True, True, True, False]), (1.0 - 1e-9, [False, False, False, True])):
+        model = build(dataclasses.replace(SMALL, label_dropout=dropout), GREY)
+        ((_, loss, _),) = model.objective(Batch(x, labels))
+        assert model.network.label is not None
+        (gradient,) = torch.autograd.grad(loss, [model.network.label.weight])
+        assert (gradient != 0).any(dim=1).tolist() == learns
+
+
+def test_learns_which_image_belongs_to_which_label() -> None:
+    """Two labels with one image each: an image costs nothing given its label, a bit without, a lot otherwise."""
+    torch.manual_seed(0)
+    space = ImageSpace(width=4, height=4, channels=1, labels=("a", "b"))
+    config = Config(width=32, heads=2, hidden=32, layers=("near", "column"), embedding=8, label_dropout=0.3)
+    model = Model(config, space)
+    images = torch.randint(0, 256, (2, 1, 4, 4)) / 255
+    labels = torch.tensor([0, 1])
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 150)
+    for _ in range(150):
+        ((_, loss, _),) = model.objective(Batch(images.repeat(8, 1, 1, 1), labels.repeat(8)))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+    def bits(at: Tensor) -> Tensor:
+        log_prob = model.log_prob(images, at).log_prob
+        assert log_prob is not None
+        return -log_prob / math.log(2)
+
+    assert bits(labels).max() < 0.3
+    assert (bits(torch.full((2,), UNLABELLED)) - 1).abs().max() < 0.5
+    assert bits(labels.flip(0)).min() > 3
+    assert torch.equal(sample(model, [Draw(seed=3, sample=i, steps=16, label=i) for i in (0, 1)]), images)
+
+
+def test_a_model_without_labels_has_no_label_embedding() -> None:
+    model = Model(SMALL, COLOUR)
+    assert model.network.label is None
+    assert "label" not in model.spec.accepts()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 0}, "width: 0"),
+        ({"width": 9}, "width: 9"),
+        ({"heads": 0}, "heads"),
+        ({"hidden": -1}, "hidden: -1"),
+        ({"layers": ()}, "layers: "),
+        ({"layers": ("near", "far")}, "layers: .*far"),
+        ({"near": 0}, "near: 0"),
+        ({"embedding": 0}, "embedding: 0"),
+        ({"levels": 1}, "levels: 1"),
+        ({"levels": 300}, "levels: 300"),
+        ({"label_dropout": 1.0}, "label_dropout: 1.0"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Model(dataclasses.replace(SMALL, **change), GREY)  # type: ignore[arg-type]
