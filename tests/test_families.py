@@ -36,6 +36,10 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
         {"latent": 4, "embedding": 4, "generator_channels": (8, 8), "critic_channels": (8, 8), "blocks": (0, 1)},
         LABELLED,
     ),
+    "pixel_transformer": (
+        {"width": 8, "heads": 2, "hidden": 8, "layers": ("near", "column", "all"), "near": 9, "embedding": 4},
+        LABELLED,
+    ),
     "pixelcnn": ({"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}, LABELLED),
     "realnvp": ({"couplings": (2, 2), "widths": (8, 8)}, LABELLED),
     "vae": ({"latent": 4, "width": 8, "blocks": 1, "hidden": 16, "components": 2, "importance_samples": 4}, LABELLED),
