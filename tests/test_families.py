@@ -31,11 +31,20 @@ CAPTIONS = ("a red circle", "two blue squares", "a small green triangle above a 
 # Case -> a configuration that runs in milliseconds, and the images it is for. A case is a family, or one of several
 # models that a family's Config chooses between: "vae", "vae:hierarchical".
 TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
+    "boltzmann": ({"hidden": (12,), "chains": 6, "particles": 4, "temperatures": 5}, LABELLED),
+    "boltzmann:deep": ({"hidden": (12, 8), "chains": 6, "particles": 4, "temperatures": 5}, LABELLED),
+    "dalle": (
+        {"codes": 16, "dims": 4, "width": 8, "blocks": 1, "vocabulary": 270, "transformer_width": 16, "layers": 2},
+        CAPTIONED,
+    ),
     "ddpm": ({"channels": 16, "multipliers": (1, 2), "bound_steps": 5}, LABELLED),
+    "flow_matching": ({"channels": 16, "multipliers": (1, 2), "score_steps": 4}, LABELLED),
     "gan": (
         {"latent": 4, "embedding": 4, "generator_channels": (8, 8), "critic_channels": (8, 8), "blocks": (0, 1)},
         LABELLED,
     ),
+    "glow": ({"couplings": (2, 2), "widths": (8, 8), "maps": 2}, LABELLED),
+    "nice": ({"couplings": ("convolutional", "convolutional", "dense", "dense"), "units": 8, "channels": 8}, LABELLED),
     "pixel_transformer": (
         {"width": 8, "heads": 2, "hidden": 8, "layers": ("near", "column", "all"), "near": 9, "embedding": 4},
         LABELLED,
@@ -43,6 +52,17 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
     "pixelcnn": ({"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}, LABELLED),
     "realnvp": ({"couplings": (2, 2), "widths": (8, 8)}, LABELLED),
     "vae": ({"latent": 4, "width": 8, "blocks": 1, "hidden": 16, "components": 2, "importance_samples": 4}, LABELLED),
+    "vae:hierarchical": (
+        {
+            "width": 8,
+            "blocks": 1,
+            "components": 2,
+            "importance_samples": 4,
+            "groups": (1, 1, 1),
+            "group_channels": (2, 2, 4),
+        },
+        LABELLED,
+    ),
     "vqvae": (
         {"codes": 16, "dims": 4, "width": 8, "blocks": 1, "prior_width": 16, "prior_heads": 2, "prior_layers": 2},
         LABELLED,
@@ -180,8 +200,11 @@ def test_a_row_takes_as_many_steps_as_asked_and_its_image_is_valid_at_each(
     asked = draws(model, 5)
     rows = model.init(asked)
     assert rows.tick.tolist() == [0] * 5
-    assert rows.left.tolist() == [d.steps for d in asked]
-    for taken in range(max(d.steps for d in asked)):
+    spec = model.spec
+    assert rows.left.tolist() == [1 if d.solver in spec.adaptive else spec.ticks(d.steps, d.solver) for d in asked]
+    taken = 0
+    while int(rows.left.max()) > 0:
+        assert ((rows.progress() >= 0) & (rows.progress() <= 1)).all()
         image = model.image(rows)
         assert image.shape == (len(rows.tick), *model.spec.image.shape)
         assert image.isfinite().all()
@@ -191,7 +214,9 @@ def test_a_row_takes_as_many_steps_as_asked_and_its_image_is_valid_at_each(
         assert torch.equal(model.image(rows), before), "a preview changes nothing"
         rows = _rows.take(rows, [i for i, left in enumerate(rows.left.tolist()) if left > 0])
         rows = model.step(rows)
-        assert rows.tick.tolist() == [taken + 1] * len(rows.tick)
+        taken += 1
+        assert rows.tick.tolist() == [taken] * len(rows.tick)
+    assert rows.progress().tolist() == [1.0] * len(rows.left)
     assert rows.left.tolist() == [0] * len(rows.left)
 
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import _rows
+from models._latents import Mixture, Normal
 from models._likelihoods import LEVELS, Categorical, LogisticMixture, PixelLikelihood, pixel_likelihood
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
-from models.vae import SAMPLES_PER_STEP, Config, Mixture, Model, Normal
+from models.vae import SAMPLES_PER_STEP, Config, Model
 
 SPACE = ImageSpace(8, 8, 1, labels=("a", "b", "c"))
 TINY = Config(latent=3, width=8, blocks=1, hidden=16, prior_components=2, components=2, importance_samples=16)
