@@ -82,7 +82,7 @@ def glow() -> Run:
         family="glow",
         config=models.glow.Config(couplings=(8, 12), widths=(64, 128), maps=8),
         data="fashion-mnist",
-        steps=10_500,
+        steps=10_000,
         batch_size=64,
         optimisers={"flow": AdamW(lr=2e-3)},
         storage="fp16",
