@@ -18,14 +18,14 @@ def card(name: str, about: Mapping[str, Any]) -> str:
     """Markdown. about: model.json, with its metrics."""
     spec, space, data, recipe = about["spec"], about["space"], about["data"], about.get("recipe", {})
     conditions = "class-conditional " if space["labels"] else "captioned " if space["captions"] else ""
+    rows = ", a row for each class" if space["labels"] else ", a row for each caption" if space["captions"] else ""
     colours = "grey" if space["channels"] == 1 else "colour"
     sections = [
         f"# {name}",
         f"A {conditions}`{about['family']}` of {space['width']}×{space['height']} {colours} images, "
         f"trained on {data['name']}" + (f" by the recipe `{recipe['name']}`." if "name" in recipe else "."),
         "![samples](samples.png)",
-        "Samples at the default settings, seed 0, none left out"
-        + (", a row for each class." if space["labels"] else "."),
+        f"Samples at the default settings, seed 0, none left out{rows}.",
         "## What it was measured to do",
         _metrics(about["metrics"]),
         "`real` is what real images reach under the same measurement, as many, of the same classes. Guidance and low "

@@ -6,6 +6,7 @@ how many images it was measured on, `real` what as many real images reach.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -25,6 +26,7 @@ from models import _checkpoint
 from models._protocol import JSON, UNLABELLED, Draw, Model, Spec, bits_per_dim
 from training import data as datasets
 from training import pictures, quality
+from training.agreement import Judge, describes_scenes, judge
 from training.card import card
 from training.data import Dataset, Split
 from training.errors import DataError
@@ -84,6 +86,10 @@ def evaluate(
     else:
         metrics = {name: entry for name, entry in about["metrics"].items() if name.startswith("bits_per_dim")}
     metrics |= _quality(samples, asked, data, space)
+    if model.spec.image.captions and describes_scenes(data):
+        with bars.task("judge of captions") as report:
+            reader = judge(data, folder=features_dir, report=report)
+        metrics |= _caption_agreement(samples, asked, reader)
     with bars.task("memorisation"):
         copies = quality.memorisation(
             quality.flat(samples),
@@ -94,7 +100,9 @@ def evaluate(
     with bars.task("speed"):
         metrics |= _speed(model, settings.seed, data.splits["test"].captions)
     files = {
-        "samples.png": _samples_sheet(samples, model.spec),
+        "samples.png": _captioned_sheet(model, asked[:COLUMNS], settings.batch)
+        if model.spec.image.captions
+        else _samples_sheet(samples, model.spec),
         "neighbours.png": _neighbours_sheet(samples, data.splits["train"], copies),
     }
     about |= {"metrics": metrics}
@@ -206,6 +214,23 @@ def _compare(real: Tensor, fake: Tensor) -> dict[str, float]:
     }
 
 
+def _caption_agreement(samples: NDArray[np.uint8], asked: Sequence[Draw], reader: Judge) -> dict[str, Metric]:
+    """The share of samples that show what their captions ask for, as the judge reads them, and of each attribute the
+    share where it is right for every group. `real`: what the judge reads right of real pictures that it never saw."""
+    found = reader.agreement(samples, [draw.prompt or "" for draw in asked])
+    metrics = {}
+    for name, right in found.items():
+        metrics["caption_agreement" if name == "caption" else f"caption_agreement_{name}"] = _mean(
+            right.astype(np.float64),
+            "share",
+            "higher",
+            "samples of held-out captions",
+            real=_significant(reader.accuracy[name]),
+            network_sha256=reader.sha256[:16],
+        )
+    return metrics
+
+
 def _memorised(copies: quality.Memorisation, data: Dataset) -> Metric:
     return metric(
         copies.share,
@@ -242,6 +267,12 @@ def _samples_sheet(samples: NDArray[np.uint8], spec: Spec) -> bytes:
     classes = spec.image.classes
     index = np.arange(classes)[:, None] + classes * np.arange(min(COLUMNS, len(samples) // classes))
     return pictures.sheet(samples[index.ravel()], index.shape[1], spec.image.labels)
+
+
+def _captioned_sheet(model: Model, asked: Sequence[Draw], batch: int) -> bytes:
+    """A row of samples for each draw's caption."""
+    row = [dataclasses.replace(draw, sample=k) for draw in asked for k in range(COLUMNS)]
+    return pictures.sheet(sample(model, row, batch), COLUMNS, [draw.prompt or "" for draw in asked])
 
 
 def _neighbours_sheet(samples: NDArray[np.uint8], train: Split, copies: quality.Memorisation) -> bytes:

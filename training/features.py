@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models._checkpoint import write_file
-from models._protocol import ImageSpace
+from models._protocol import JSON, ImageSpace
 from training.data import Dataset, Split, batch_indices
 from training.download import cache_folder
 
@@ -108,22 +108,36 @@ def feature_space(
     labelled = bool(data.space.labels)
     task: Literal["labels", "rotations"] = "labels" if labelled else "rotations"
     network = _build(data.space, task, config)
-    key = json.dumps({"version": VERSION, "data": data.digest, "config": dataclasses.asdict(config)}, sort_keys=True)
-    file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    key: dict[str, JSON] = {"version": VERSION, "data": data.digest, "config": dataclasses.asdict(config)}
+
+    def learn() -> dict[str, str]:
+        return {"task": task, "accuracy": repr(_train(network, data, task, config, report))}
+
+    known = learnt_once(network, key, folder, learn)
+    return FeatureSpace(network, task, float(known["accuracy"]), fingerprint(network))
+
+
+def learnt_once(
+    network: nn.Module, key: dict[str, JSON], folder: Path, learn: Callable[[], dict[str, str]]
+) -> dict[str, str]:
+    """The network with its learnt weights, frozen: from the cache, or `learn()` now. Returns what `learn` did, which is
+    cached with the weights. key: all that the weights depend on.
+    """
+    text = json.dumps(key, sort_keys=True)
+    file = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
     if not file.exists():
-        accuracy = _train(network, data, task, config, report)
+        metadata = {"key": text, **learn()}
         folder.mkdir(parents=True, exist_ok=True)
-        metadata = {"key": key, "task": task, "accuracy": repr(accuracy)}
         tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         write_file(file, save(tensors, metadata=metadata))
     with safe_open(file, framework="pt") as opened:
-        accuracy = float(opened.metadata()["accuracy"])
+        known: dict[str, str] = opened.metadata()
     network.load_state_dict(load_file(file))
     network.eval().requires_grad_(False)
-    return FeatureSpace(network, task, accuracy, _fingerprint(network))
+    return known
 
 
-def _fingerprint(network: FeatureNetwork) -> str:
+def fingerprint(network: nn.Module) -> str:
     """sha256 of the weights. Not of the file: safetensors writes metadata in an order that changes with every save."""
     sha = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
