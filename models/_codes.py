@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from models import _random
+from models._nn import at_least
 from models._protocol import Draw, Rows
 from models._transformer import Cache, Transformer
 
 CODES = 0  # draw of a row's noise
+TOGETHER = 8  # rows whose prompts are taken in at a time
 
 
 class CodeTransformer(nn.Module):
@@ -38,7 +40,6 @@ class CodeTransformer(nn.Module):
         self.embedding = nn.Parameter(0.5 * torch.randn(codes, width))
         self.place = nn.Parameter(0.1 * torch.randn(length, width))
         self.head = nn.Linear(width, codes)
-        nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, prompt: Tensor, codes: Tensor) -> Tensor:
         """Outputs (B, P + T − 1, D); `head` makes logits of those from P − 1 on."""
@@ -57,10 +58,21 @@ class CodeTransformer(nn.Module):
         return chosen.sum(dim=(1, 2))
 
     def begin(self, prompt: Tensor) -> Cache:
-        """The cache after all of the prompt but its last vector, (B, P − 1, D)."""
+        """The cache after all of the prompt but its last vector, (B, P − 1, D).
+
+        Taken in so many rows at a time, the last repeated where there are fewer: floats depend on how many rows a
+        product has, and a row's cache must not.
+        """
         cache = self.transformer.cache(len(prompt))
-        if self.prompt > 1:
-            self.transformer.prefill(prompt + self.place[: self.prompt - 1], cache)
+        if self.prompt == 1:
+            return cache
+        told = prompt + self.place[: self.prompt - 1]
+        for at in range(0, len(prompt), TOGETHER):
+            part = told[at : at + TOGETHER]
+            filled = self.transformer.cache(TOGETHER)
+            self.transformer.prefill(at_least(TOGETHER, part), filled)
+            for mine, theirs in zip(cache, filled, strict=True):
+                mine[at : at + TOGETHER] = theirs[: len(part)]
         return cache
 
     def step(self, rows: CodeRows, last: Tensor, cache: Cache) -> Tensor:

@@ -108,7 +108,7 @@ class DiscreteAutoencoder(nn.Module):
     """Images -> T codes in 0 … K − 1 -> the parameters of the pixels' likelihood.
 
     width         channels at a quarter of the image's resolution; half of them above
-    blocks        residual blocks at a quarter of the resolution, on either side
+    blocks        residual blocks at a quarter of the resolution, on either side, and in the decoder above
     codes, dims   K and D
 
     Raises `ValueError` that names the field, its value and what would be right.
@@ -145,18 +145,14 @@ class DiscreteAutoencoder(nn.Module):
             nn.SiLU(),
             nn.Conv2d(width, 4 * half, 1),
             nn.PixelShuffle(2),
-            Residual(half),
-            nn.SiLU(),
-            nn.Conv2d(half, 4 * half, 1),
-            nn.PixelShuffle(2),
-            Residual(half),
+            *(Residual(half) for _ in range(blocks)),
             nn.SiLU(),
         )
         bias = likelihood.initial_bias()
-        self.head = nn.Conv2d(half, len(bias), 3, padding=1)
+        self.head = nn.Conv2d(half, 4 * len(bias), 3, padding=1)
         with torch.no_grad():
             self.head.weight.mul_(0.1)
-            self.head.bias.copy_(bias)  # type: ignore[union-attr]
+            self.head.bias.copy_(bias.repeat_interleave(4))  # type: ignore[union-attr]
 
     @property
     def tokens(self) -> int:
@@ -196,14 +192,18 @@ class DiscreteAutoencoder(nn.Module):
         seen = known.view(-1, 1, self.height, self.width)
         return torch.where(seen.repeat_interleave(PATCH, dim=2).repeat_interleave(PATCH, dim=3), x, NOT_YET)
 
-    def loss(self, x: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(self, x: Tensor, quantised: bool = True) -> tuple[Tensor, Mapping[str, Tensor]]:
         """−log p(x | z_q) + β |z_e − sg(e)|², in nats per dimension of the image and squares per dimension of a vector;
         and what to log. The gradient passes through the choice of the vector as if it were none (straight-through,
-        §3.2). Moves the codebook."""
+        §3.2). Moves the codebook.
+
+        quantised: False gives the decoder z_e itself, for a beginning: the codebook then finds an encoder that tells
+        images apart, where the encoder would else learn to tell no more than a poor codebook can say.
+        """
         z = self._outputs(x).float()
         codes = self.codebook(z.flatten(0, 1).detach()).view(z.shape[:2])
         chosen = self.codebook.vectors[codes]
-        params = self._params(straight_through(z, chosen))
+        params = self._params(straight_through(z, chosen) if quantised else z)
         reconstruction = -self.likelihood.log_prob(params, x).sum(dim=(1, 2)).mean() / x[0].numel()
         distance = F.mse_loss(z, chosen)
         self.codebook.follow(z.flatten(0, 1).detach(), codes.flatten())
@@ -219,7 +219,7 @@ class DiscreteAutoencoder(nn.Module):
         """(B, T, D) -> (B, P, H, W) float32"""
         grid = at_least(2, vectors).transpose(1, 2)
         grid = grid.reshape(len(grid), -1, self.height, self.width)
-        params: Tensor = self.head(self.decoder(grid))
+        params = F.pixel_shuffle(self.head(self.decoder(grid)), 2)
         return params[: len(vectors)].float()
 
 

@@ -10,16 +10,26 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import LABELLED, examples, pictures
 
 from models import _codes, _rows
 from models._codes import CodeRows, CodeTransformer
 from models._likelihoods import Categorical
-from models._protocol import Draw, ImageSpace
+from models._protocol import Batch, Draw, ImageSpace
 from models._vq import DEAD, Codebook, DiscreteAutoencoder, straight_through
 from models.vqvae import Config, Model
 
+LABELLED = ImageSpace(width=8, height=8, channels=1, labels=("a", "b", "c"))
 TINY: dict[str, Any] = {"codes": 16, "dims": 4, "width": 8, "blocks": 1, "prior_width": 16, "prior_layers": 2}
+
+
+def pictures(n: int, space: ImageSpace, seed: int = 0) -> torch.Tensor:
+    """(n, C, H, W) on the grid k / 255: blurred noise."""
+    noise = torch.rand(n, *space.shape, generator=torch.Generator().manual_seed(seed))
+    return (torch.nn.functional.avg_pool2d(noise, 3, stride=1, padding=1) * 255).round() / 255
+
+
+def examples(n: int, space: ImageSpace) -> Batch:
+    return Batch(pictures(n, space), torch.arange(n) % space.classes)
 
 
 def built(space: ImageSpace = LABELLED, **changes: Any) -> Model:
