@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
@@ -34,7 +35,7 @@ BLOCK = 128
 # of 32 bfloat16 keys as over any other number.
 QUERIES = 32
 
-Cache = tuple[Tensor, ...]  # of each layer, (B, S, heads, 2, K, d): keys and values of the last K · S positions, K ≥ R
+Cache = tuple[Tensor, ...]  # of each layer, (B, heads, 2, S, K, d): keys and values of the last K · S positions, K ≥ R
 
 
 class Pattern(NamedTuple):
@@ -89,9 +90,11 @@ class Transformer(nn.Module):
 
         Taking the same step again gives the same result: it writes nothing but what belongs to its own positions.
         """
-        furthest = int(position.max())
+        stand = {
+            pattern: Stand.of(pattern, position) for pattern in {layer.attention.pattern for layer in self._layers}
+        }
         for layer, part in zip(self._layers, cache, strict=True):
-            h = layer.step(h, part, position, furthest)
+            h = layer.step(h, part, stand[layer.attention.pattern])
         out: Tensor = self.norm(h)
         return out
 
@@ -116,8 +119,8 @@ class Layer(nn.Module):
         self.attention.fill(cache, keys, values)
         return self._perceptron(h + mixed)
 
-    def step(self, h: Tensor, cache: Tensor, position: Tensor, furthest: int) -> Tensor:
-        return self._perceptron(h + self.attention.step(self.norm1(h), cache, position, furthest))
+    def step(self, h: Tensor, cache: Tensor, stand: Stand) -> Tensor:
+        return self._perceptron(h + self.attention.step(self.norm1(h), cache, stand))
 
     def _perceptron(self, h: Tensor) -> Tensor:
         out: Tensor = h + self.down(F.gelu(self.up(self.norm2(h))))
@@ -175,39 +178,92 @@ class Attention(nn.Module):
 
     def cache(self, rows: int) -> Tensor:
         d = self.qkv.in_features // self.heads
-        reach, stride = self.pattern
-        kept = reach if reach <= BLOCK else math.ceil(reach / BLOCK) * BLOCK
-        return self.bias.new_zeros(rows, stride, self.heads, 2, kept, d)
+        return self.bias.new_zeros(rows, self.heads, 2, self.pattern.stride, _kept(self.pattern), d)
 
     def fill(self, cache: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep keys and values (B, T0, heads, d) of the positions 0 … T0 − 1, as far back as any later one looks."""
         stride, kept, t = self.pattern.stride, cache.shape[4], keys.shape[1]
         at = torch.arange(max(0, t - kept * stride), t, device=keys.device)
         last = torch.stack([keys, values], dim=3)[:, at]  # (B, ·, heads, 2, d)
-        cache[:, at % stride, :, :, at // stride % kept] = last.transpose(0, 1).to(cache.dtype)
+        cache[:, :, :, at % stride, at // stride % kept] = last.permute(0, 2, 3, 1, 4).to(cache.dtype)
 
-    def step(self, x: Tensor, cache: Tensor, position: Tensor, furthest: int) -> Tensor:
-        """x (B, D) -> (B, D). Position p is turn ⌊p / S⌋ of lane p mod S, and lies there at its turn modulo K."""
-        (reach, stride), heads, b, kept = self.pattern, self.heads, len(x), cache.shape[4]
-        row, lane, turn = torch.arange(b, device=x.device), position % stride, position // stride
+    def step(self, x: Tensor, cache: Tensor, stand: Stand) -> Tensor:
+        """x (B, D) -> (B, D)"""
+        b, heads = len(x), self.heads
         q, k, v = self.qkv(x).view(b, 3, heads, -1).unbind(dim=1)  # (B, heads, d) each
-        cache[row, lane, :, :, turn % kept] = torch.stack([k, v], dim=2)
-
-        mine = cache if stride == 1 else cache.flatten(0, 1).index_select(0, row * stride + lane)
-        keys, values = mine.view(b * heads, 2, kept, -1).unbind(dim=1)
-        n = min(kept, (furthest // stride // BLOCK + 1) * BLOCK)
-        blocks = [slice(at, at + BLOCK) for at in range(0, n, BLOCK)]
-        lag = (turn[:, None] - torch.arange(n, device=x.device)) % kept  # (B, n)
-        unseen = lag > turn.clamp(max=reach - 1)[:, None]
-        bias = self.bias[lag.clamp(max=reach - 1)].masked_fill(unseen[:, :, None], -torch.inf)
+        stand.write(cache, torch.stack([k, v], dim=2))
+        keys, values = stand.read(cache).flatten(0, 1).unbind(dim=1)  # (B·heads, K, d) each
         q = q.reshape(b * heads, 1, -1) * (1 / math.sqrt(q.shape[-1]))
-        logits = torch.cat([torch.bmm(q, keys[:, block].mT) for block in blocks], dim=2)
-        weights = (logits + bias.mT.reshape(b * heads, 1, n)).softmax(dim=-1)
-        mixed = torch.bmm(weights[:, :, blocks[0]], values[:, blocks[0]])
-        for block in blocks[1:]:
+        logits = torch.cat([torch.bmm(q, keys[:, block].mT) for block in stand.blocks], dim=2)
+        bias = self.bias[stand.lag].masked_fill(stand.unseen[:, :, None], -torch.inf).mT  # (B or 1, heads, ·)
+        weights = (logits.view(b, heads, -1) + bias).softmax(dim=-1).view_as(logits)
+        first, *more = stand.blocks
+        mixed = torch.bmm(weights[:, :, first], values[:, first])
+        for block in more:
             mixed.baddbmm_(weights[:, :, block], values[:, block])
         out: Tensor = self.out(mixed.view(b, -1))
         return out
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where a step's rows stand in a cache of some pattern. Position p is turn ⌊p / S⌋ of lane p mod S, and lies there
+    at its turn modulo K."""
+
+    pattern: Pattern
+    lane: Tensor  # (B,), or of one row for all of them if they stand at one position; so are all of these
+    slot: Tensor  # (B,)
+    lag: Tensor  # (B, n) of the first n slots of the lane, which are as many as any row needs
+    unseen: Tensor  # (B, n) bool
+    blocks: Sequence[slice]  # of the n slots
+    together: tuple[int, int] | None  # lane and slot of all rows
+
+    @staticmethod
+    def of(pattern: Pattern, position: Tensor) -> Stand:
+        """Of rows at `position` (B,)."""
+        (reach, stride), kept, at = pattern, _kept(pattern), position.tolist()
+        alike = at.count(at[0]) == len(at)  # as after a request for several images: then a slice does for a gather
+        together = (at[0] % stride, at[0] // stride % kept) if alike else None
+        position = position[:1] if alike else position
+        turn = position // stride
+        n = min(kept, (max(at) // stride // BLOCK + 1) * BLOCK)
+        lag = (turn[:, None] - torch.arange(n, device=position.device)) % kept
+        return Stand(
+            pattern,
+            lane=position % stride,
+            slot=turn % kept,
+            lag=lag.clamp(max=reach - 1),
+            unseen=lag > turn.clamp(max=reach - 1)[:, None],
+            blocks=[slice(begin, begin + BLOCK) for begin in range(0, n, BLOCK)],
+            together=together,
+        )
+
+    def write(self, cache: Tensor, new: Tensor) -> None:
+        """Put keys and values (B, heads, 2, d) where each row stands."""
+        if self.together:
+            lane, slot = self.together
+            cache[:, :, :, lane, slot] = new
+        else:
+            at = self._lanes(cache) * cache.shape[4] + self.slot.repeat_interleave(2 * cache.shape[1])
+            cache.flatten(0, 4).index_copy_(0, at, new.flatten(0, 2))
+
+    def read(self, cache: Tensor) -> Tensor:
+        """(B, heads, 2, K, d): the lane of each row."""
+        if self.together or self.pattern.stride == 1:
+            return cache[:, :, :, self.together[0] if self.together else 0]
+        b, heads, _, _, kept, d = cache.shape
+        return cache.flatten(0, 3).index_select(0, self._lanes(cache)).view(b, heads, 2, kept, d)
+
+    def _lanes(self, cache: Tensor) -> Tensor:
+        """(B · heads · 2,) index of each row's lanes in the cache, its dims before the slots taken as one."""
+        b, heads, _, stride, _, _ = cache.shape
+        first = torch.arange(b * heads * 2, device=cache.device) * stride
+        return (first.view(b, -1) + self.lane[:, None]).flatten()
+
+
+def _kept(pattern: Pattern) -> int:
+    """K: whole blocks where there is more than one."""
+    return pattern.reach if pattern.reach <= BLOCK else math.ceil(pattern.reach / BLOCK) * BLOCK
 
 
 def _with_blocks_before(x: Tensor, before: int) -> Tensor:

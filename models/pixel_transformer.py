@@ -45,8 +45,8 @@ class Config:
     width: int = 128  # D
     heads: int = 2
     hidden: int = 256  # units of a layer's perceptron, and of a head's
-    layers: tuple[str, ...] = ("near", "column") * 3  # what each sees: "near", "column", "all"
-    near: int = 65  # pixels that a layer of pattern "near" sees, with the one before the pixel that is drawn
+    layers: tuple[str, ...] = ("near", "column", "near", "column", "near")  # what each sees, or "all"
+    near: int = 65  # positions that a layer of pattern "near" sees, its own included
     embedding: int = 16  # E, numbers that stand for a level of a channel
     levels: int = 256  # of a channel; with fewer than 256 the images are rounded to them
     label_dropout: float = 0.1  # share of the images that are learnt without their label, for p(x) beside p(x | label)

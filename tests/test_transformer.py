@@ -126,9 +126,9 @@ def test_how_far_others_have_come_does_not_change_a_bit() -> None:
 def test_a_reach_is_cut_to_the_sequence() -> None:
     network = Transformer(8, 2, 8, [1000, Pattern(1000, 3), Pattern(2, 1000)], 10)
     assert [tuple(part.shape) for part in network.cache(5)] == [
-        (5, 1, 2, 2, 10, 4),
-        (5, 3, 2, 2, 4, 4),
-        (5, 10, 2, 2, 1, 4),
+        (5, 2, 2, 1, 10, 4),
+        (5, 2, 2, 3, 4, 4),
+        (5, 2, 2, 10, 1, 4),
     ]
 
 
