@@ -1,11 +1,12 @@
-"""The port between the API and the workers. Implemented by `broker_local` (one machine, no Redis).
+"""The port between the API and the workers. Implemented by `broker_local` (one machine, no Redis) and by `broker_redis`
+(any number of machines that share a Redis).
 
 A job goes one way and its events come back; what is in them (`payload`) is between routes and workers
 (`service.messages`). Delivery is at least once: a job whose worker died is given to another. A job's payload
 determines its answer, so a rerun tells the same again; receivers drop what they have already seen.
 
-    API side        Broker   submit, cancel, events, pool
-    worker side     Claims   run, announce, claim, cancellations, publish
+    API side        Broker   submit, cancel, events, status, position, pool
+    worker side     Claims   run, announce, claim, cancellations, publish, hand_back
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class Job:
     units: int  # predicted work: rows × steps × network evaluations a step
     priority: Priority = "interactive"
     timeout: float | None = None  # seconds from submission; after that nobody waits for the answer
+    tenant: str = ""  # who asks
+    key: str | None = None  # idempotency: a job of the same key and digest stands for this one
+    digest: str = ""  # of what was asked
+    about: bytes = b""  # what the API wants to read again in `status`, whichever replica is asked
     attempt: int = 1  # how many workers it has been given to
     queued_seconds: float = 0.0  # how long it waited for this worker
 
@@ -39,6 +44,16 @@ class Event:
 
     payload: bytes
     final: bool = False
+    number: int = 0  # among the job's events, from 1; the broker counts
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of a job so far."""
+
+    job: Job
+    state: Literal["queued", "running", "ended"]
+    lost: str | None = None  # why it ended without an answer
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,14 @@ class NoWorker(Exception):
     """No worker is connected that could ever take the job."""
 
 
+class KeyTaken(Exception):
+    """The idempotency key stands for a job that was asked for with another body."""
+
+
+class BrokerAway(Exception):
+    """The broker cannot be reached."""
+
+
 class JobLost(Exception):
     """The job ended without an answer: it killed every worker that it was given to."""
 
@@ -80,8 +103,10 @@ class Broker(abc.ABC):
     """The API's side."""
 
     @abc.abstractmethod
-    async def submit(self, job: Job) -> None:
-        """Queue a job. Raises `QueueFull` or `NoWorker`."""
+    async def submit(self, job: Job) -> str:
+        """Queue a job. Returns the id of the job that stands for it: its own, or that of an earlier one with its key.
+        Raises `QueueFull`, `NoWorker` or `KeyTaken`; `BrokerAway`, as all of these methods do.
+        """
 
     @abc.abstractmethod
     async def cancel(self, job_id: str) -> None:
@@ -90,10 +115,14 @@ class Broker(abc.ABC):
         """
 
     @abc.abstractmethod
-    def events(self, job_id: str) -> AsyncIterator[Event]:
-        """The job's events from its first on, until the final one. Raises `KeyError` for a job that is not known,
-        `JobLost`
-        when it ended without an answer. A rerun may repeat events."""
+    def events(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
+        """The job's events from number after + 1 on, until the final one. Raises `KeyError` for a job that is not
+        known, `JobLost` when it ended without an answer. A rerun may repeat events, under new numbers.
+        """
+
+    @abc.abstractmethod
+    async def status(self, job_id: str) -> Status:
+        """Raises `KeyError` for a job that is not known, or no longer."""
 
     @abc.abstractmethod
     async def position(self, job_id: str) -> int:
@@ -125,4 +154,10 @@ class Claims(abc.ABC):
 
     @abc.abstractmethod
     async def publish(self, job_id: str, events: Sequence[Event]) -> None:
-        """Tell events of a job, in order. After a final one the job is no longer this worker's."""
+        """Tell events of a job, in order. After a final one the job is no longer this worker's. What is told of a job
+        that is another's by now is dropped.
+        """
+
+    @abc.abstractmethod
+    async def hand_back(self, job_ids: Sequence[str]) -> None:
+        """Let other workers do these: they are queued again at once, and this attempt does not count."""

@@ -3,6 +3,7 @@
 Frames on a socket are a 4-byte big-endian length and a msgpack list:
 
     worker -> API   ["announce", state]   ["claim", [model, ...]]   ["publish", job id, [[payload, final], ...]]
+                    ["hand-back", [job id, ...]]
     API -> worker   ["job", job]          ["cancel", job id]
 
 A claim stands until a job answers it or a newer claim replaces it. When a worker's socket closes, its jobs are queued
@@ -19,13 +20,25 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 
-from service.broker import Broker, Claims, Event, Job, JobLost, ModelState, NoWorker, QueueFull, WorkerState
+from service.broker import (
+    Broker,
+    Claims,
+    Event,
+    Job,
+    JobLost,
+    KeyTaken,
+    ModelState,
+    NoWorker,
+    QueueFull,
+    Status,
+    WorkerState,
+)
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +87,7 @@ class LocalBroker(Broker):
         self._records: dict[str, _Record] = {}
         self._queues: dict[str, deque[str]] = {"interactive": deque(), "batch": deque()}
         self._links: dict[str, _Link] = {}
+        self._keys: dict[str, str] = {}  # idempotency key -> job
         self._units = 0
         self._ready_at: float | None = None  # when a worker was last seen ready
         self._rate = 0.0  # step-units per second of late, while there was work
@@ -83,15 +97,22 @@ class LocalBroker(Broker):
     # -------------------------------------------------------------------------------------------------------------
     # API side
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job) -> str:
+        if job.key is not None and (known := self._keys.get(job.key)) is not None:
+            if self._records[known].job.digest != job.digest:
+                raise KeyTaken(f"{job.key!r} was used for another request")
+            return known
         if not self._anyone():
             raise NoWorker("no worker is ready")
         if self._units and self._units + job.units > self._limit:
             raise QueueFull(self._retry_after(job.units), self._units, self._limit)
         self._records[job.id] = _Record(job, self._clock())
         self._units += job.units
+        if job.key is not None:
+            self._keys[job.key] = job.id
         self._queues[job.priority].append(job.id)
         self._dispatch()
+        return job.id
 
     async def cancel(self, job_id: str) -> None:
         record = self._records.get(job_id)
@@ -103,9 +124,9 @@ class LocalBroker(Broker):
         else:
             _send(self._links[record.worker].writer, "cancel", job_id)
 
-    async def events(self, job_id: str) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
         record = self._records[job_id]
-        told = 0
+        told = after
         while True:
             while told < len(record.events):
                 told += 1
@@ -116,6 +137,11 @@ class LocalBroker(Broker):
                 return
             record.news.clear()
             await record.news.wait()
+
+    async def status(self, job_id: str) -> Status:
+        record = self._records[job_id]
+        state: Literal["queued", "running", "ended"] = "ended" if record.ended else "running"
+        return Status(record.job, "queued" if state == "running" and record.worker is None else state, record.lost)
 
     async def position(self, job_id: str) -> int:
         record = self._records[job_id]
@@ -158,11 +184,17 @@ class LocalBroker(Broker):
             record = self._records.get(job_id)
             if record is None or record.ended or record.worker != name:
                 return  # cancelled meanwhile, or no longer its job
-            record.events += [Event(payload, final) for payload, final in events]
+            told = len(record.events)
+            record.events += [Event(payload, final, told + k) for k, (payload, final) in enumerate(events, start=1)]
             if record.events[-1].final:
                 del link.jobs[job_id]
                 self._end(record)
             record.news.set()
+        elif kind == "hand-back":
+            mine = {job_id: None for job_id in rest[0] if job_id in link.jobs}
+            for job_id in mine:
+                del link.jobs[job_id]
+            self._queue_again(mine, attempts=0)
 
     def _dispatch(self) -> None:
         """Give queued jobs to the workers that wait for them, the least loaded first."""
@@ -183,14 +215,20 @@ class LocalBroker(Broker):
                 _send(link.writer, "job", dataclasses.asdict(dataclasses.replace(record.job, queued_seconds=waited)))
 
     def _give_back(self, name: str, link: _Link) -> None:
-        """A worker is gone: queue its jobs again, in their order, ahead of the others."""
-        for job_id in reversed(link.jobs):
+        """A worker is gone: its jobs go to others."""
+        for job_id in [j for j in link.jobs if self._records[j].job.attempt >= MAX_ATTEMPTS]:
             record = self._records[job_id]
-            if record.job.attempt >= MAX_ATTEMPTS:
-                self._end(record, lost=f"{record.job.attempt} workers stopped while they worked on it")
-                continue
-            log.warning("worker %s stopped; job %s is queued again", name, job_id)
-            record.job, record.worker = dataclasses.replace(record.job, attempt=record.job.attempt + 1), None
+            self._end(record, lost=f"{record.job.attempt} workers stopped while they worked on it")
+            del link.jobs[job_id]
+        if link.jobs:
+            log.warning("worker %s stopped; its %d jobs are queued again", name, len(link.jobs))
+        self._queue_again(link.jobs, attempts=1)
+
+    def _queue_again(self, jobs: Mapping[str, None], attempts: int) -> None:
+        """Queue jobs of a worker in their order, ahead of the others."""
+        for job_id in reversed(list(jobs)):
+            record = self._records[job_id]
+            record.job, record.worker = dataclasses.replace(record.job, attempt=record.job.attempt + attempts), None
             self._queues[record.job.priority].appendleft(job_id)
         self._dispatch()
 
@@ -210,7 +248,12 @@ class LocalBroker(Broker):
         record.news.set()
         self._units -= record.job.units
         self._rate_units += record.job.units
-        asyncio.get_running_loop().call_later(self._keep, self._records.pop, record.job.id, None)
+        asyncio.get_running_loop().call_later(self._keep, self._forget, record.job)
+
+    def _forget(self, job: Job) -> None:
+        del self._records[job.id]
+        if job.key is not None:
+            del self._keys[job.key]
 
     def _anyone(self) -> bool:
         now = self._clock()
@@ -268,6 +311,11 @@ class LocalClaims(Claims):
 
     async def publish(self, job_id: str, events: Sequence[Event]) -> None:
         _send(self._writer, "publish", job_id, [[e.payload, e.final] for e in events])
+        await self._writer.drain()
+
+    async def hand_back(self, job_ids: Sequence[str]) -> None:
+        _send(self._writer, "claim", [])  # or they might come back at once
+        _send(self._writer, "hand-back", list(job_ids))
         await self._writer.drain()
 
 

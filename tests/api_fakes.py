@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ from PIL import Image
 
 from models._protocol import ImageSpace, Likelihood, Range, Spec, Steps
 from service.app import create_app
-from service.broker import Broker, Event, Job, ModelState, WorkerState
+from service.broker import Broker, Event, Job, ModelState, Status, WorkerState
 from service.catalog import Catalog
 from service.messages import (
     Completed,
@@ -114,18 +115,24 @@ class FakeBroker(Broker):
         for event in at_once(job):
             yield event
 
-    async def submit(self, job: Job) -> None:
+    async def submit(self, job: Job) -> str:
         if self.refusal is not None:
             raise self.refusal
         self.jobs[job.id] = job
         self.changed.set()
+        return job.id
 
     async def cancel(self, job_id: str) -> None:
         self.cancelled.append(job_id)
 
-    async def events(self, job_id: str) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
+        number = 0
         async for event in self.answer(self.jobs[job_id]):
-            yield event
+            if (number := number + 1) > after:
+                yield dataclasses.replace(event, number=number)
+
+    async def status(self, job_id: str) -> Status:
+        return Status(self.jobs[job_id], "running")
 
     async def position(self, job_id: str) -> int:
         return self.places.pop(0) if len(self.places) > 1 else self.places[0]

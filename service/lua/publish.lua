@@ -1,0 +1,18 @@
+-- prefix, id, worker, attempt, final ('1' or '0'), payload ... -> 1, or 0 where the job is no longer this worker's
+local id, worker, attempt, final = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local key = job_key(id)
+local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'home')
+if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 0 end
+local last = #ARGV
+local number = redis.call('HINCRBY', key, 'told', last - 5) - (last - 5)
+for k = 6, last do
+  number = number + 1
+  redis.call('XADD', events_key(id), 'MAXLEN', '~', 4096, number .. '-0', 'p', ARGV[k], 'f', (k == last) and final or '0')
+end
+if final == '1' then
+  finish(id)
+else
+  redis.call('PEXPIRE', events_key(id), redis.call('PTTL', key))
+  tell(id, job[4])
+end
+return 1
