@@ -1,9 +1,10 @@
 """A discrete autoencoder: an image as a few codes, each the nearest of K vectors (VQ-VAE, van den Oord et al., arXiv
 1711.00937). For families that learn codes as one learns a language.
 
-What differs from the paper: the vectors follow the encoder by exponential moving averages, not by a loss (its appendix
-A.1); vectors that nothing is near to any more begin anew at an encoder's output (arXiv 2005.00341, §3.1), so that all K
-stay in use; the decoder puts out a likelihood of 8-bit pixels, and going up it shuffles pixels, which leaves no
+What differs from the paper: the encoder's outputs have a fixed length (arXiv 2110.04627 does alike), so that the scale
+of the codebook is known; its vectors follow them by exponential moving averages, not by a loss (the paper's appendix
+A.1), and those that nothing is near to any more begin anew at an encoder's output (arXiv 2005.00341, §3.1), so that all
+K stay in use; the decoder puts out a likelihood of 8-bit pixels, and going up it shuffles pixels, which leaves no
 checkerboard of overlapping kernels.
 
     variable      paper
@@ -29,7 +30,7 @@ from models._protocol import ImageSpace
 
 PATCH = 4  # pixels that a code stands for, each way
 NOT_YET = 0.5  # what a preview shows where no code has been drawn
-DEAD = 0.03  # a vector with less than this part of an equal share of the codes begins anew
+DEAD, AGAIN = 0.03, 0.1  # parts of an equal share of the codes: a vector with less than one begins anew with the other
 
 
 class Codebook(nn.Module):
@@ -72,7 +73,7 @@ class Codebook(nn.Module):
         self.vectors.copy_(moved / self.shares[:, None])
         dead = (self.shares < DEAD / k).nonzero()[:, 0]
         self.vectors.index_copy_(0, dead, self._some(z, len(dead)))
-        self.shares.index_fill_(0, dead, 1 / k)
+        self.shares.index_fill_(0, dead, AGAIN / k)
 
     def _some(self, z: Tensor, n: int) -> Tensor:
         """(n, D) random ones of z, none twice as long as there are enough; a trace of noise tells copies apart."""
@@ -148,6 +149,9 @@ class DiscreteAutoencoder(nn.Module):
             *(Residual(half) for _ in range(blocks)),
             nn.SiLU(),
         )
+        for module in (*self.encoder.modules(), *self.decoder.modules()):
+            if isinstance(module, nn.Conv2d) and module.weight.any():  # not those of the residuals that begin at zero
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         bias = likelihood.initial_bias()
         self.head = nn.Conv2d(half, 4 * len(bias), 3, padding=1)
         with torch.no_grad():
@@ -200,7 +204,7 @@ class DiscreteAutoencoder(nn.Module):
         quantised: False gives the decoder z_e itself, for a beginning: the codebook then finds an encoder that tells
         images apart, where the encoder would else learn to tell no more than a poor codebook can say.
         """
-        z = self._outputs(x).float()
+        z = self._outputs(x)
         codes = self.codebook(z.flatten(0, 1).detach()).view(z.shape[:2])
         chosen = self.codebook.vectors[codes]
         params = self._params(straight_through(z, chosen) if quantised else z)
@@ -211,9 +215,10 @@ class DiscreteAutoencoder(nn.Module):
         return reconstruction + self.commitment * distance, metrics | self.codebook.metrics()
 
     def _outputs(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> z_e (B, T, D)"""
+        """(B, C, H, W) -> z_e (B, T, D) float32, whose mean square over D is one."""
         z: Tensor = self.encoder(2 * at_least(2, x) - 1)[: len(x)]
-        return z.flatten(2).transpose(1, 2)
+        z = z.flatten(2).transpose(1, 2).float()
+        return F.rms_norm(z, z.shape[2:], eps=1e-6)
 
     def _params(self, vectors: Tensor) -> Tensor:
         """(B, T, D) -> (B, P, H, W) float32"""
