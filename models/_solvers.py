@@ -9,7 +9,8 @@ need nothing else: where a step began is itself a combination of the present poi
 
 Two kinds of table:
 
-    of a Gaussian path x_t = α_t x₀ + σ_t ε, where p is the network's estimate of x₀:  `ddim`, `dpm_solver`, `heun`
+    of a Gaussian path x_t = α_t x₀ + σ_t ε, where p is the network's estimate of x₀:  `ddim`, `dpm_solver`, `heun`,
+                                                                                        `resampling`
     of an ODE dx/dt = v(x, t), where p is v:                                            `runge_kutta`
 
     variable    paper
@@ -99,6 +100,13 @@ def heun(path: Path) -> Tensor:
     second = _table(there, torch.ones_like(b), torch.zeros_like(b), b, -b)
     both = torch.stack([first, second], dim=1).flatten(0, 1)
     return both[:-1] if path.sigma[-1] == 0 else both
+
+
+def resampling(path: Path, least: float) -> Tensor:
+    """(N, 6): multistep consistency sampling (arXiv 2303.01469, algorithm 1), for α = 1: every estimate of x₀ is given
+    fresh noise up to the next σ. It is of an image that has noise of `least`, where σ ends."""
+    nothing = torch.zeros_like(path.sigma[1:])
+    return _table(path, nothing, (path.sigma[1:].square() - least**2).clamp(min=0).sqrt(), path.alpha[1:])
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import _random, _solvers
+from models._diffusion import (
+    PREDICTIONS,
+    SCHEDULES,
+    SOLVERS,
+    column,
+    detailed,
+    signal_and_noise,
+    solver_table,
+    stratified,
+    target,
+    x0_from,
+)
 from models._nn import UNet, guided
 from models._protocol import Batch, Denoiser, Density, Draw, ImageSpace, Likelihood, Range, Rows, Score, Spec, Steps
 from models._protocol import Model as BaseModel
 
-SOLVERS = ("ddim", "ancestral", "dpm-solver++")
-PREDICTIONS = ("epsilon", "x0", "v")
-MAX_BETA = 0.999  # of the cosine schedule (2102.09672, §3.2)
 MIN_ERROR = 0.01  # least r as a part of the greatest: to the 8-bit grid a tenth of the last noise is a point mass
 UNKNOWN = (0.02, 0.3)  # variances of a pixel whose neighbours tell much, and of one whose neighbours tell little
 MAX_LOGIT = 8.0  # of r in training: halfway between two levels E[e² | x_t] exceeds 1, and logits would grow without end
@@ -72,18 +81,6 @@ class Config:
     guidance_scale: float = 1.5  # default of a request
     default_steps: int = 50
     bound_steps: int = 21  # network evaluations of a score, 2 … timesteps; `timesteps` leaves no term out
-
-
-def signal_and_noise(schedule: str, timesteps: int) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma), each (T + 1,) float64, for t = 0 (the image) … T (noise)."""
-    t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
-    if schedule == "cosine":
-        level = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
-        beta = (1 - level[1:] / level[:-1]).clamp(max=MAX_BETA)
-    else:  # the paper's 1e-4 … 0.02 for T = 1000, and as much noise for another T
-        beta = (torch.linspace(1e-4, 0.02, timesteps, dtype=torch.float64) * 1000 / timesteps).clamp(max=MAX_BETA)
-    alpha_bar = F.pad((1 - beta).cumprod(dim=0), (1, 0), value=1.0)
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def expected_terms(kappa: Tensor, snr: Tensor) -> Tensor:
@@ -200,36 +197,20 @@ class Model(BaseModel, Density, Denoiser):
 
     def _evaluate(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """x_t (B, C, H, W), t / T (B,), labels (B,) -> (B, C or 2C, H, W) float32: the prediction, and logits of r."""
-        with torch.autocast(x.device.type, enabled=False):
-            turns = [(x + 1) * (255 * math.pi / period) for period in self.config.detail_periods]
-            views = [x, *(f(angle) for angle in turns for f in (torch.sin, torch.cos))]
-        out: Tensor = self.network(torch.cat(views, dim=1), time, labels)
+        out: Tensor = self.network(detailed(x, self.config.detail_periods), time, labels)
         return out
 
     def _x0(self, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """x̂₀ (B, C, H, W) from the network's prediction at x = α x₀ + σ ε."""
-        if self.config.prediction == "epsilon":
-            x0 = (x - sigma * prediction) / alpha
-        elif self.config.prediction == "v":
-            x0 = alpha * x - sigma * prediction
-        else:
-            x0 = prediction
+        x0 = x0_from(self.config.prediction, prediction, x, alpha, sigma)
         return x0.clamp(-1.0, 1.0) if self.config.clip else x0
-
-    def _target(self, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What the network is to predict."""
-        if self.config.prediction == "epsilon":
-            return noise
-        if self.config.prediction == "v":
-            return alpha * noise - sigma * x0
-        return x0
 
     def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
         """The network's x̂₀ at x / √(1 + σ²), which has this model's α and σ, at the time where σ_t / α_t = σ."""
         alpha = (1 + sigma.square()).rsqrt()
-        here = _column(alpha) * x
+        here = column(alpha) * x
         out = guided(self._evaluate, here, self._time(sigma), labels, guidance)
-        return self._x0(out[:, : self.channels], here, _column(alpha), _column(alpha * sigma))
+        return self._x0(out[:, : self.channels], here, column(alpha), column(alpha * sigma))
 
     def _time(self, ratio: Tensor) -> Tensor:
         """t / T where σ_t / α_t = ratio (B,): t in 1 … T, in between by its logarithm."""
@@ -248,20 +229,19 @@ class Model(BaseModel, Density, Denoiser):
         them, and a cross-entropy from which r is learnt: its minimum is at r = E[e² | x_t]."""
         b, device = len(batch.x), batch.x.device
         x0, noise = 2 * batch.x - 1, torch.randn_like(batch.x)
-        even = (torch.arange(b, device=device) + torch.rand(b, device=device)) / b
-        t = torch.searchsorted(self.drawn.cumsum(dim=0), even).clamp(1, self.config.timesteps)
+        t = torch.searchsorted(self.drawn.cumsum(dim=0), stratified(b, device)).clamp(1, self.config.timesteps)
         hidden = torch.rand(b, device=device) < self.config.label_dropout
-        alpha, sigma = _column(self.alpha[t]), _column(self.sigma[t])
+        alpha, sigma = column(self.alpha[t]), column(self.sigma[t])
         x = alpha * x0 + sigma * noise
         out = self._evaluate(x, t / self.config.timesteps, batch.labels.masked_fill(hidden, -1))
         prediction = out[:, : self.channels]
-        squared = (prediction - self._target(x0, noise, alpha, sigma)).square()
+        squared = (prediction - target(self.config.prediction, x0, noise, alpha, sigma)).square()
         loss = (self.weight[t] * squared.mean(dim=(1, 2, 3))).mean()
         metrics = {"mse": loss.detach()}
         if self.config.variance == "learned":
             estimate = self._x0(prediction.detach(), x, alpha, sigma)
             e2 = (alpha / sigma * (x0 - estimate)).square()
-            part = e2 / _column(self.greatest_error[t])
+            part = e2 / column(self.greatest_error[t])
             metrics["epsilon_mse"] = e2.mean()
             logits = out[:, self.channels :].clamp(max=MAX_LOGIT)
             loss = loss + VARIANCE_WEIGHT * F.binary_cross_entropy_with_logits(logits, part)
@@ -271,7 +251,7 @@ class Model(BaseModel, Density, Denoiser):
 
     def init(self, draws: Sequence[Draw]) -> DDPMRows:
         device = self.device
-        tables = {key: self._table(*key) for key in {(d.solver or SOLVERS[0], d.steps) for d in draws}}
+        tables = {key: solver_table(*key, *self.path) for key in {(d.solver or SOLVERS[0], d.steps) for d in draws}}
         return DDPMRows.begin(
             seed=_random.seed_bits([d.seed for d in draws], device),
             sample=torch.tensor([d.sample for d in draws], device=device),
@@ -283,24 +263,10 @@ class Model(BaseModel, Density, Denoiser):
             guidance=torch.tensor([d.guidance_scale for d in draws], dtype=torch.float32, device=device),
         )
 
-    def _table(self, solver: str, steps: int) -> Tensor:
-        """Timesteps lie evenly from T down to 0, both included ("trailing", 2305.08891, §3.3): however few steps there
-        are, the first must begin at pure noise."""
-        alpha, sigma = self.path
-        t = (torch.arange(steps, -1, -1, dtype=torch.float64) * self.config.timesteps / steps).round().long()
-        path = _solvers.Path(t.double() / self.config.timesteps, alpha[t], sigma[t])
-        if solver == "ddim":
-            return _solvers.ddim(path)
-        if solver == "ancestral":
-            return _solvers.ddim(path, eta=1.0)
-        if solver == "dpm-solver++":
-            return _solvers.dpm_solver(path)
-        raise ValueError(f"solver: {solver!r}; there are {', '.join(SOLVERS)}")
-
     def step(self, rows: DDPMRows) -> DDPMRows:
         time, alpha, sigma = _solvers.now(rows)[:3]
         out = guided(self._evaluate, rows.x, time, rows.label, rows.guidance)
-        x0 = self._x0(out[:, : self.channels], rows.x, _column(alpha), _column(sigma))
+        x0 = self._x0(out[:, : self.channels], rows.x, column(alpha), column(sigma))
         return _solvers.advance(rows, x0)
 
     def image(self, rows: DDPMRows) -> Tensor:
@@ -335,16 +301,16 @@ class Model(BaseModel, Density, Denoiser):
     def score_step(self, rows: BoundRows) -> BoundRows:
         t = rows.timesteps.gather(1, rows.tick[:, None])[:, 0]
         noise = _random.normal(rows.seed, torch.zeros_like(rows.seed), t, BOUND_NOISE, rows.x0.shape[1:])
-        alpha, sigma = _column(self.alpha[t]), _column(self.sigma[t])
+        alpha, sigma = column(self.alpha[t]), column(self.sigma[t])
         x = alpha * rows.x0 + sigma * noise
         out = self._evaluate(x, t / self.config.timesteps, rows.label)
         x0 = self._x0(out[:, : self.channels], x, alpha, sigma)
         error = self._error(out, t)
         first = t == 1
         nats = torch.where(
-            _column(first),
+            column(first),
             -log_bin(rows.x0, x0, error.sqrt() * sigma / alpha),
-            term(_column(self.kappa[t]), (alpha / sigma * (rows.x0 - x0)).square(), error),
+            term(column(self.kappa[t]), (alpha / sigma * (rows.x0 - x0)).square(), error),
         ).sum(dim=1)  # (B, H, W)
         nats = nats / torch.where(first, 1.0, self.chosen[t])[:, None, None]
         total = nats.sum(dim=(1, 2))
@@ -363,9 +329,9 @@ class Model(BaseModel, Density, Denoiser):
         """r (B, C, H, W)."""
         if self.config.variance == "learned":
             part = MIN_ERROR + (1 - MIN_ERROR) * torch.sigmoid(out[:, self.channels :])
-            return part * _column(self.greatest_error[t])
+            return part * column(self.greatest_error[t])
         # The paper's decoder has the variance σ₁² whichever of the two the other steps have.
-        return torch.ones_like(out) * _column(torch.where(t == 1, 1.0, float(self.config.variance == "large")))
+        return torch.ones_like(out) * column(torch.where(t == 1, 1.0, float(self.config.variance == "large")))
 
     def score(self, rows: BoundRows) -> Score:
         """The bound. `stderr` is that of the choice of terms and of their noise, without that of L₀: from second
@@ -404,11 +370,6 @@ def log_bin(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return inside
 
 
-def _column(values: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)"""
-    return values[:, None, None, None]
-
-
 def _validate(config: Config, space: ImageSpace) -> None:
     if space.captions:
         raise ValueError("space.captions: this family reads labels, not captions")
@@ -423,7 +384,7 @@ def _validate(config: Config, space: ImageSpace) -> None:
         raise ValueError(f"detail_periods: {config.detail_periods}; periods are positive, in grey levels")
     for name, allowed in (
         ("prediction", PREDICTIONS),
-        ("schedule", ("cosine", "linear")),
+        ("schedule", SCHEDULES),
         ("variance", ("learned", "small", "large")),
     ):
         if getattr(config, name) not in allowed:

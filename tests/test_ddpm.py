@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from models import _random, _rows, _solvers, ddpm
+from models._diffusion import PREDICTIONS, signal_and_noise, solver_table, target
 from models._nn import UNet, guided
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
 
@@ -52,7 +53,7 @@ def finish(model: ddpm.Model, draws: list[Draw]) -> Tensor:
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("timesteps", [10, 1000])
 def test_the_schedule_goes_from_the_image_to_noise_and_keeps_the_variance(schedule: str, timesteps: int) -> None:
-    alpha, sigma = ddpm.signal_and_noise(schedule, timesteps)
+    alpha, sigma = signal_and_noise(schedule, timesteps)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
     assert (alpha[0], sigma[0]) == (1, 0)
     assert (sigma.diff() > 0).all()
@@ -60,11 +61,11 @@ def test_the_schedule_goes_from_the_image_to_noise_and_keeps_the_variance(schedu
 
 
 def test_the_schedules_are_the_papers() -> None:
-    alpha, _ = ddpm.signal_and_noise("linear", 1000)
+    alpha, _ = signal_and_noise("linear", 1000)
     beta = 1 - (alpha[1:] / alpha[:-1]).square()
     torch.testing.assert_close(beta[[0, -1]], torch.tensor([1e-4, 0.02], dtype=torch.float64))
     torch.testing.assert_close(beta.diff().diff(), torch.zeros(998, dtype=torch.float64), rtol=0, atol=1e-9)
-    alpha, _ = ddpm.signal_and_noise("cosine", 1000)
+    alpha, _ = signal_and_noise("cosine", 1000)
     t = torch.arange(999, dtype=torch.float64) / 1000  # β_T is cut off at 0.999
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     torch.testing.assert_close(alpha[:999] ** 2, f / f[0])
@@ -73,7 +74,7 @@ def test_the_schedules_are_the_papers() -> None:
 @given(solver=st.sampled_from(ddpm.SOLVERS), steps=st.integers(1, 1000))
 @settings(deadline=None, max_examples=40)
 def test_any_number_of_steps_begins_in_pure_noise_and_ends_in_the_image(solver: str, steps: int) -> None:
-    table = moved(channels=2, multipliers=(1,))._table(solver, steps)
+    table = solver_table(solver, steps, *signal_and_noise("cosine", 1000))
     assert len(table) == steps
     assert table.isfinite().all()
     times = table[:, _solvers.TIME]
@@ -89,7 +90,7 @@ def test_any_number_of_steps_begins_in_pure_noise_and_ends_in_the_image(solver: 
 # ----------------------------------------------------------------------------------------------------------- prediction
 
 
-@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_perfect_prediction_of_any_kind_gives_x0(prediction: str) -> None:
     model = moved(prediction=prediction)
     t = torch.tensor([1, 2, 500, 900])
@@ -97,7 +98,7 @@ def test_a_perfect_prediction_of_any_kind_gives_x0(prediction: str) -> None:
     x0, noise = 2 * pictures(4) - 1, torch.randn(4, 1, 8, 8)
     x = alpha * x0 + sigma * noise
     torch.testing.assert_close(
-        model._x0(model._target(x0, noise, alpha, sigma), x, alpha, sigma), x0, atol=1e-5, rtol=0
+        model._x0(target(prediction, x0, noise, alpha, sigma), x, alpha, sigma), x0, atol=1e-5, rtol=0
     )
 
 
@@ -108,7 +109,7 @@ def test_estimates_are_kept_in_the_data_s_range() -> None:
     assert float(moved(prediction="x0", clip=False)._x0(far, far, one, one).max()) == 9
 
 
-@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_timesteps_are_drawn_and_weighed_so_that_both_losses_keep_their_shares(prediction: str) -> None:
     """drawn · weight = (1 − share) · even + share · the bound's, whatever the drawing."""
     model = ddpm.Model(dataclasses.replace(TINY, prediction=prediction, bound_share=0.4), SPACE)
@@ -268,7 +269,7 @@ def test_the_decoder_does_not_underflow_far_from_its_mean() -> None:
 def naive_bound(model: ddpm.Model, x: Tensor, labels: Tensor) -> Tensor:
     """Equation 5 of 2006.11239 in float64, every Gaussian from its mean and variance, divergences by torch."""
     T = model.config.timesteps
-    alpha, sigma = (part.double() for part in ddpm.signal_and_noise(model.config.schedule, T))
+    alpha, sigma = (part.double() for part in signal_and_noise(model.config.schedule, T))
     alpha_bar = alpha**2
     beta = 1 - torch.cat([torch.ones(1).double(), alpha_bar[1:] / alpha_bar[:-1]])
     x0 = 2 * x.double() - 1
@@ -303,7 +304,7 @@ def naive_bound(model: ddpm.Model, x: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_as_a_denoiser_it_meets_its_own_timesteps_and_moves_smoothly_between_them(
     prediction: str, schedule: str
@@ -311,7 +312,7 @@ def test_as_a_denoiser_it_meets_its_own_timesteps_and_moves_smoothly_between_the
     model = moved(prediction=prediction, schedule=schedule, clip=False)
     T = model.config.timesteps
     t = torch.tensor([1, 2, 40, 500, 900, T - 1])
-    alpha, sigma = (part[t].float() for part in ddpm.signal_and_noise(schedule, T))
+    alpha, sigma = (part[t].float() for part in signal_and_noise(schedule, T))
     x0, labels = 2 * pictures(6) - 1, torch.tensor([0, 1, 2, 0, 1, UNLABELLED])
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
     column = (6, 1, 1, 1)
@@ -329,7 +330,7 @@ def test_as_a_denoiser_it_meets_its_own_timesteps_and_moves_smoothly_between_the
 
 @torch.inference_mode()
 @pytest.mark.parametrize("variance", ["learned", "small", "large"])
-@pytest.mark.parametrize("prediction", ddpm.PREDICTIONS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_the_full_bound_is_the_paper_s(variance: str, prediction: str) -> None:
     model = moved(timesteps=12, bound_steps=12, default_steps=5, variance=variance, prediction=prediction, clip=True)
     model.network.out.weight.mul_(0.1)  # estimates so bad that naive float64 underflows would say nothing

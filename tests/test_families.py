@@ -37,6 +37,7 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
         {"codes": 64, "dims": 4, "width": 8, "blocks": 1, "vocabulary": 270, "transformer_width": 16, "layers": 2},
         CAPTIONED,
     ),
+    "consistency": ({"channels": 16, "multipliers": (1, 2)}, LABELLED),
     "ddpm": ({"channels": 16, "multipliers": (1, 2), "bound_steps": 5}, LABELLED),
     "flow_matching": ({"channels": 16, "multipliers": (1, 2), "score_steps": 4}, LABELLED),
     "gan": (

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from models import _checkpoint, vae
+from models import _checkpoint, consistency, vae
 from models._protocol import UNLABELLED, Draw, ImageSpace
 from training import measure, pictures, quality
 from training.card import card
@@ -307,6 +307,7 @@ def test_evaluation_writes_metrics_pictures_and_a_card(measured: tuple[Path, dic
         "density",
         "coverage",
         "label_agreement",
+        "reconstruction_fd_local",
         "memorised",
         "images_per_second_batch_1",
         "images_per_second_batch_16",
@@ -322,12 +323,32 @@ def test_evaluation_writes_metrics_pictures_and_a_card(measured: tuple[Path, dic
     _checkpoint.load(folder)  # the hashes are those of the files
 
 
+def test_a_model_of_few_steps_is_measured_at_each_power_of_two(digits: Dataset, tmp_path: Path) -> None:
+    config = consistency.Config(channels=8, multipliers=(1,), max_steps=5)
+    torch.manual_seed(0)
+    model = consistency.Model(config, digits.space)
+    _checkpoint.save(tmp_path / "m", model, config, {"data": digits.description, "metrics": {}})
+    metrics = evaluate(tmp_path / "m", settings=Settings(samples=60, unseen=100), features_dir=tmp_path / "features")
+    by_steps = {name: entry["steps"] for name, entry in metrics.items() if name.endswith("_steps")}
+    assert by_steps == {f"{name}_{k}_steps": k for k in (2, 4) for name in ("fd_local", "label_agreement")}
+    assert metrics["fd_local_2_steps"]["value"] != metrics["fd_local"]["value"]
+
+
+@torch.inference_mode()
+def test_reconstructions_are_of_the_split_in_its_order(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = tiny_vae(digits.space)
+    monkeypatch.setattr(type(model), "reconstruct", lambda self, x, labels: x)
+    part = digits.splits["test"].take(np.arange(50))
+    np.testing.assert_array_equal(measure.reconstructions(model, part, 16), part.x)
+
+
 def test_a_model_that_learnt_nothing_is_measured_as_such(measured: tuple[Path, dict[str, object]]) -> None:
     about = _checkpoint.read_about(measured[0])["metrics"]
     assert about["fd_local"]["value"] > 10 * about["fd_local"]["real"]
     assert about["coverage"]["value"] < 0.2 < about["coverage"]["real"]
     assert about["label_agreement"]["value"] < 0.3 < about["label_agreement"]["real"]
     assert about["memorised"]["p_value"] > 0.01
+    assert about["reconstruction_fd_local"]["value"] > 10 * about["reconstruction_fd_local"]["real"]
 
 
 def test_the_card_says_what_model_json_says(measured: tuple[Path, dict[str, object]]) -> None:

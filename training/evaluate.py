@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from models import _checkpoint
-from models._protocol import JSON, UNLABELLED, Draw, Model, Spec, bits_per_dim
+from models._protocol import JSON, UNLABELLED, Autoencoder, Draw, Model, Spec, bits_per_dim
 from training import data as datasets
 from training import pictures, quality
 from training.agreement import Judge, describes_scenes, judge
@@ -31,7 +31,7 @@ from training.card import card
 from training.data import Dataset, Split
 from training.errors import DataError
 from training.features import FeatureSpace, feature_space
-from training.measure import Report, draws, images_per_second, log_probs, sample
+from training.measure import Report, draws, images_per_second, log_probs, reconstructions, sample
 
 Metric = dict[str, JSON]
 
@@ -51,6 +51,7 @@ class Settings:
 
 
 COLUMNS = 8  # of the sheets
+FEW = 8  # steps: a model that takes no more is measured at each power of two
 FLOORS = 8  # sets of real images whose mean is printed beside the samples' quality
 
 
@@ -86,6 +87,10 @@ def evaluate(
     else:
         metrics = {name: entry for name, entry in about["metrics"].items() if name.startswith("bits_per_dim")}
     metrics |= _quality(samples, asked, data, space)
+    metrics |= _by_steps(model, asked, data, space, settings.batch, bars)
+    if isinstance(model, Autoencoder):
+        with bars.task("reconstructions"):
+            metrics |= _reconstruction(model, asked, data, space, settings.batch)
     if model.spec.image.captions and describes_scenes(data):
         with bars.task("judge of captions") as report:
             reader = judge(data, folder=features_dir, report=report)
@@ -203,6 +208,48 @@ def _quality(
             agrees, "share", "higher", "samples of each class in turn", real=round(space.accuracy, 4), **how
         )
     return metrics
+
+
+def _by_steps(
+    model: Model, asked: Sequence[Draw], data: Dataset, space: FeatureSpace, batch: int, bars: _Bars
+) -> dict[str, Metric]:
+    """FD-local and label agreement at other numbers of steps than the default, where there are few to choose from: at
+    1, 2, 4, ... as far as it goes."""
+    steps, metrics = model.spec.steps, dict[str, Metric]()
+    if steps.max > FEW:
+        return metrics
+    for count in (2**k for k in range(FEW.bit_length())):
+        if steps.min <= count <= steps.max and count != steps.default:
+            more = [dataclasses.replace(draw, steps=count) for draw in asked]
+            with bars.task(f"samples in {count} steps") as report:
+                found = _quality(sample(model, more, batch, report), more, data, space)
+            kept = [name for name in ("fd_local", "label_agreement") if name in found]
+            metrics |= {f"{name}_{count}_steps": {**found[name], "steps": count} for name in kept}
+    return metrics
+
+
+def _reconstruction(
+    model: Model, asked: Sequence[Draw], data: Dataset, space: FeatureSpace, batch: int
+) -> dict[str, Metric]:
+    """FD-local of training images, as many as the samples and of the same classes, that were coded and decoded: no
+    samples can be expected to come nearer. `real`: of the same images as they are."""
+    train = data.splits["train"]
+    real, others = (train.take(index) for index in matched(train, np.array([draw.label for draw in asked]), 2))
+    reference, decoded, plain = (
+        space.describe(x)[0] for x in (real.x, reconstructions(model, others, batch), others.x)
+    )
+    return {
+        "reconstruction_fd_local": metric(
+            quality.frechet_distance(reference, decoded),
+            "squared distance",
+            "lower",
+            f"{data.name} train, coded and decoded",
+            len(others),
+            real=_significant(quality.frechet_distance(reference, plain)),
+            network_sha256=space.sha256[:16],
+            network_accuracy=round(space.accuracy, 4),
+        )
+    }
 
 
 def _compare(real: Tensor, fake: Tensor) -> dict[str, float]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models import _rows
-from models._protocol import UNLABELLED, Density, Draw, Model, Spec
+from models._protocol import UNLABELLED, Autoencoder, Density, Draw, Model, Spec, unlabelled
 from training.data import Split
 
 Report = Callable[[int, int], None]  # (done, total)
@@ -77,6 +77,20 @@ def log_probs(
             values.append(value.double().cpu())
             report(start + len(part), limit)
     return torch.cat(values).numpy()
+
+
+def reconstructions(model: Model, split: Split, batch: int) -> NDArray[np.uint8]:
+    """The split's images, coded and decoded by the model, as 8-bit images (N, C, H, W)."""
+    assert isinstance(model, Autoencoder)
+    images = []
+    with torch.inference_mode():
+        for start in range(0, len(split), batch):
+            part = split.take(np.arange(start, min(start + batch, len(split))))
+            x = torch.from_numpy(part.x).to(model.device).to(torch.float32) / 255
+            labels = torch.from_numpy(part.labels).to(model.device) if model.spec.image.labels else unlabelled(x)
+            back = model.reconstruct(x, labels)
+            images.append((back * 255).round().to(torch.uint8).cpu().numpy())
+    return np.concatenate(images)
 
 
 def images_per_second(model: Model, asked: Sequence[Draw]) -> tuple[float, int]:

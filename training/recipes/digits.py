@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import models.consistency
 import models.ddpm
 import models.gan
 import models.pixelcnn
@@ -23,6 +24,19 @@ def ddpm() -> Run:
         steps=4_000,
         batch_size=64,
         optimisers={"network": AdamW(lr=2e-3)},
+        channels_last=True,
+    )
+
+
+def consistency() -> Run:
+    """Consistency training from scratch, without a teacher: samples in one step. Five minutes."""
+    return Run(
+        family="consistency",
+        config=models.consistency.Config(multipliers=(1, 2), intervals=(10, 160), noise_mean=0.0),
+        data="digits",
+        steps=8_000,
+        batch_size=64,
+        optimisers={"network": AdamW(lr=1e-3)},
         channels_last=True,
     )
 
