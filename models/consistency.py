@@ -139,8 +139,8 @@ class Model(_protocol.Model):
         return {"network": list(self.network.parameters())}
 
     def begin_from(self, teacher: _protocol.Model) -> None:
-        """Take over the weights of the teacher's `network` that have the same name and shape. Where its last layer gives
-        out more channels (a learnt variance), the first are its prediction."""
+        """Take over the weights of the teacher's `network` that have the same name and shape. Where its last layer
+        gives out more channels (a learnt variance), the first are its prediction."""
         theirs = teacher.state_dict()
         for name, mine in self.network.state_dict().items():
             given = theirs.get(f"network.{name}", mine)
