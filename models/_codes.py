@@ -141,7 +141,9 @@ def choose(logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor)
 
     In float64 the distribution function is monotone and ends above any uniform: the code is always a possible one.
     """
-    rank = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    confined = logits.double().masked_fill(rank >= top_k[:, None], -torch.inf)
-    cumulative = (confined / temperature).softmax(dim=1).cumsum(dim=1)
+    logits = logits.double()
+    if bool((top_k < logits.shape[1]).any()):
+        rank = logits.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        logits = logits.masked_fill(rank >= top_k[:, None], -torch.inf)
+    cumulative = (logits / temperature).softmax(dim=1).cumsum(dim=1)
     return torch.searchsorted(cumulative, uniforms, right=True)

@@ -40,7 +40,6 @@ from models import _native, _pixels, _protocol, _random
 from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Rows, Score, Spec, Steps
 
 REACH = 3  # how far the stacks' inputs look up, left and (above) right; a layer looks as far as its dilation
-NOT_YET = 0.5  # what a preview shows where no pixel has been drawn
 # A matrix library may take products of very few columns in another order of summation (MKL does for fewer than four):
 # with fewer chains copies of the last fill up, so that a chain's logits are the same bits alone and in a crowd.
 FEWEST = 4
@@ -428,12 +427,7 @@ class Model(_protocol.Model, OnePassDensity):
         rows.told[at, self._margin :] = told
 
     def image(self, rows: PixelRows) -> Tensor:
-        c, h, w = self.spec.image.shape
-        top = self.config.levels - 1
-        grid = rows.levels.to(torch.float32) if top == 255 else (rows.levels * (255 / top)).round()
-        drawn = torch.arange(h * w, device=rows.tick.device) < rows.tick[:, None]
-        x = torch.where(drawn[:, :, None], grid / 255, NOT_YET)
-        return x.view(-1, h, w, c).permute(0, 3, 1, 2)
+        return _pixels.picture(rows.levels, rows.tick, self.spec.image.shape, self.config.levels)
 
     # density
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import _native, _rows, pixelcnn
+from models import _native, _pixels, _rows, pixelcnn
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
 from models.pixelcnn import Config, Model, PixelRows
 
@@ -276,7 +276,7 @@ def test_preview_shows_what_is_drawn_and_grey_beyond() -> None:
         for tick in range(COLOUR.width * COLOUR.height):
             preview = model.image(rows).flatten(2)
             assert torch.equal(preview[..., :tick], final[..., :tick])
-            assert (preview[..., tick:] == pixelcnn.NOT_YET).all()
+            assert (preview[..., tick:] == _pixels.NOT_YET).all()
             rows = model.step(rows)
 
 

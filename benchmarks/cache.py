@@ -1,8 +1,9 @@
-"""What the PixelCNN's caches save, and that they change nothing: cached sampling against a full forward pass a pixel.
+"""What the caches of families that draw pixel by pixel save, and that they change nothing: cached sampling against a
+full forward pass a pixel.
 
-    python -m benchmarks.pixelcnn_cache [--checkpoint FOLDER] [--batch 1 16] [--rounds 5] [--agreement 0]
+    python -m benchmarks.cache [--checkpoint FOLDER | --family NAME] [--batch 1 16] [--rounds 5] [--agreement 0]
 
-Speed. Both are measured in turns, one thread, eager, float32: a round is one batch of images drawn with the caches, all
+Speed. Both are measured in turns, one thread, float32: a round is one batch of images drawn with the caches, all
 H·W ticks of it, and then FORWARDS full forward passes of the same batch. The naive sampler's time is that of a pass
 times H·W·C: extrapolated, since its passes are all alike. What else it would do (draw from the logits) is left out, in
 its favour. Times are of the thread's processor, so that other work on the machine counts little. Reported are medians
@@ -11,7 +12,7 @@ over the rounds, with the least and the most.
 Agreement, on that many images drawn in batches of CROWD. Naive: given the pixels before it, would a full forward pass
 have drawn another level for a pixel? Alone: is an image that is drawn alone another one?
 
-Without a checkpoint the network is the default one with untrained weights: the work is the same.
+Without a checkpoint the network is the family's default one with untrained weights: the work is the same.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import models.pixelcnn
-from models import _checkpoint
+import models
+from models import _checkpoint, pixel_transformer, pixelcnn
+from models._codes import choose
 from models._protocol import UNLABELLED, Draw, ImageSpace
-from models.pixelcnn import Model, PixelRows
 
+Model = pixelcnn.Model | pixel_transformer.Model
+FAMILIES = ("pixelcnn", "pixel_transformer")
 FORWARDS = 4  # full forward passes measured in a round
 CROWD = 64  # images drawn together where agreement is measured
 
@@ -89,15 +93,15 @@ def agreement(model: Model, images: int) -> tuple[int, int]:
         drawn = (crowd * (model.config.levels - 1)).round().long().permute(0, 2, 3, 1).flatten(1, 2)  # (B, H·W, C)
         for i, request in enumerate(requests):
             logits = model.logits(crowd[i : i + 1], rows.label[i : i + 1])[0].permute(1, 2, 0, 3).flatten(0, 2)
-            temperature = rows.temperature[i].expand(len(logits), 1)
-            naive = models.pixelcnn.draw(logits, rows.uniforms[i].view(-1, 1), temperature)
+            temperature, any_level = rows.temperature[i].expand(len(logits), 1), torch.tensor(logits.shape[1])
+            naive = choose(logits, rows.uniforms[i].view(-1, 1), temperature, any_level.expand(len(logits)))
             pixels += int((naive.view_as(drawn[i]) != drawn[i]).any(dim=1).sum())
             others += int(not torch.equal(_sample(model, [request])[0][0], crowd[i]))
     return pixels, others
 
 
-def _sample(model: Model, requests: list[Draw]) -> tuple[Tensor, PixelRows]:
-    rows = model.init(requests)
+def _sample(model: Model, requests: list[Draw]) -> tuple[Tensor, Any]:
+    rows: Any = model.init(requests)
     for _ in range(model.spec.steps.default):
         rows = model.step(rows)
     return model.image(rows), rows
@@ -120,8 +124,9 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pixelcnn_cache", description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, help="a trained PixelCNN (default: 28×28 grey, untrained)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=__doc__.split(":")[0])
+    parser.add_argument("--checkpoint", type=Path, help="a trained model (default: 28×28 grey, untrained)")
+    parser.add_argument("--family", choices=FAMILIES, default="pixelcnn", help="of the untrained model")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -129,12 +134,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    model = _model(args.checkpoint)
-    image, size = model.spec.image, sum(p.numel() for p in model.parameters())
+    model = _model(args.checkpoint, args.family)
+    image, millions = model.spec.image, sum(p.numel() for p in model.parameters()) / 1e6
     table = Table(
         *("batch", "cached, s a batch", "images/s", "full forward, ms", "naive, s (extrapolated)", "speed-up, ×"),
-        title=f"{image.width}×{image.height}×{image.channels}, {size / 1e6:.2f} M parameters; CPU time of one thread: "
-        f"median (least – most) of {args.rounds} rounds",
+        title=f"{model.spec.family}: {image.width}×{image.height}×{image.channels}, {millions:.2f} M parameters; "
+        f"CPU time of one thread: median (least – most) of {args.rounds} rounds",
     )
     for batch in args.batch:
         result = compare(model, batch, args.rounds)
@@ -157,14 +162,15 @@ def main() -> None:
         )
 
 
-def _model(checkpoint: Path | None) -> Model:
+def _model(checkpoint: Path | None, family: str) -> Model:
     if checkpoint is None:
         torch.manual_seed(0)
-        space = ImageSpace(width=28, height=28, channels=1, labels=tuple("0123456789"))
-        return Model(models.pixelcnn.Config(), space).eval()
-    model = _checkpoint.load(checkpoint, torch.device("cpu"))
+        space, module = ImageSpace(width=28, height=28, channels=1, labels=tuple("0123456789")), models.family(family)
+        model = module.Model(module.Config(), space).eval()
+    else:
+        model = _checkpoint.load(checkpoint, torch.device("cpu"))
     if not isinstance(model, Model):
-        raise SystemExit(f"{checkpoint}: a {model.spec.family}, not a pixelcnn")
+        raise SystemExit(f"{checkpoint}: a {model.spec.family}, not one of {', '.join(FAMILIES)}")
     return model
 
 
