@@ -93,6 +93,7 @@ class Likelihood:
     dequantisation: str  # "none", "uniform K=1", ...: how the 8-bit grid was treated
     note: str = ""  # e.g. the S of an importance-weighted bound
     steps: int = 1  # ticks that one image's score takes
+    network_evaluations_per_step: int = 1  # of a tick; a product with the network's Jacobian counts as one
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,17 @@ class Spec:
     image: ImageSpace
     steps: Steps
     solvers: tuple[str, ...] = ()  # the first is the default; empty: a request cannot choose
+    evaluations: Mapping[str, int] = field(default_factory=dict)  # solver -> ticks of a step, where it is more than one
+    adaptive: tuple[str, ...] = ()  # solvers that choose their own steps: `steps` says how finely
     likelihood: Likelihood | None = None
     guidance_scale: Range | None = None
     temperature: Range | None = None
     top_k: int | None = None  # the most likely values of a token that a request may confine it to: 1 … top_k
     prediction: Literal["epsilon", "x0", "v"] | None = None  # what a diffusion network predicts
+
+    def ticks(self, steps: int, solver: str | None) -> int:
+        """Ticks of a sample, an adaptive solver's only about: the last step, to no noise at all, always takes one."""
+        return (steps - 1) * self.evaluations.get(solver or "", 1) + 1
 
     def accepts(self) -> dict[str, JSON]:
         """Field of a generate request -> JSON schema of what this model takes there. Other fields are refused."""
@@ -144,11 +151,13 @@ class Spec:
             conditioning = {"captions": True}
         likelihood: JSON = None
         if self.likelihood is not None:
+            each = self.likelihood.network_evaluations_per_step
             likelihood = {
                 "kind": self.likelihood.kind,
                 "dequantisation": self.likelihood.dequantisation,
                 "note": self.likelihood.note,
                 "steps": self.likelihood.steps,
+                **({"network_evaluations_per_step": each} if each > 1 else {}),
             }
         return {
             "family": self.family,
@@ -162,6 +171,8 @@ class Spec:
                 "network_evaluations_per_step": self.steps.network_evaluations_per_step,
             },
             "solvers": list(self.solvers),
+            **({"evaluations": dict(self.evaluations)} if self.evaluations else {}),
+            **({"adaptive": list(self.adaptive)} if self.adaptive else {}),
             "likelihood": likelihood,
             "conditioning": conditioning,
             "prediction": self.prediction,
@@ -207,6 +218,11 @@ class Rows:
     tick: Tensor
     left: Tensor
 
+    def progress(self) -> Tensor:
+        """(B,) 0 … 1: the part of its way that each row has behind it. Rows that do not know how many steps are left
+        say it otherwise."""
+        return self.tick / (self.tick + self.left)
+
 
 class Sampler(abc.ABC):
     """Draws images by taking every row one step at a time. Read-only after load: all memory is in the Rows."""
@@ -240,6 +256,9 @@ class Score:
     stderr: Tensor | None = None  # (B,) nats, of an estimate
     per_pixel: Tensor | None = None  # (B, H, W) nats, summed over channels, where log_prob is a sum over pixels
     statistics: dict[str, Tensor] = field(default_factory=dict)  # name -> (B,)
+    # (B,) bool, of a numerical integral: whether half the steps, whose result is the statistic `coarse_log_prob`, give
+    # nearly the same. None where nothing is integrated.
+    converged: Tensor | None = None
 
 
 class Density(abc.ABC):

@@ -112,16 +112,23 @@ def resampling(path: Path, least: float) -> Tensor:
 @dataclass(frozen=True)
 class Tableau:
     """An explicit Runge–Kutta method: `weights[i]` lead from the beginning of a step to stage i at `nodes[i]`, the last
-    ones to its end."""
+    ones to its end. `error` are those of an embedded pair: its end minus that of the method of lower order."""
 
     nodes: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
+    error: tuple[float, ...] = ()
 
 
 EULER = Tableau((0.0,), ((), (1.0,)))
 MIDPOINT = Tableau((0.0, 1 / 2), ((), (1 / 2,), (0.0, 1.0)))
 HEUN = Tableau((0.0, 1.0), ((), (1.0,), (1 / 2, 1 / 2)))
 RK4 = Tableau((0.0, 1 / 2, 1 / 2, 1.0), ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0), (1 / 6, 1 / 3, 1 / 3, 1 / 6)))
+# 3(2) pair of Bogacki and Shampine (1989). The last stage lies at the end of the step: it is the first of the next.
+BOGACKI_SHAMPINE = Tableau(
+    (0.0, 1 / 2, 3 / 4, 1.0),
+    ((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9), (2 / 9, 1 / 3, 4 / 9, 0.0)),
+    error=(-5 / 72, 1 / 12, 1 / 9, -1 / 8),
+)
 
 
 def runge_kutta(times: Tensor, method: Tableau) -> Tensor:
@@ -197,24 +204,32 @@ class Chain(Rows):
         )
 
 
+def entries(table: Tensor, at: Tensor) -> Tensor:
+    """(columns, B): the coefficients of each row's own table (B, ticks, columns) at its place `at` (B,)."""
+    return table.gather(1, at.view(-1, 1, 1).expand(-1, 1, table.shape[2]))[:, 0].T
+
+
 def now(rows: Chain) -> Tensor:
     """(columns, B): the coefficients of each row's present tick, by column: `time, alpha, sigma = now(rows)[:3]`."""
-    at = rows.tick.view(-1, 1, 1).expand(-1, 1, rows.table.shape[2])
-    return rows.table.gather(1, at)[:, 0].T
+    return entries(rows.table, rows.tick)
 
 
 def advance(rows: C, prediction: Tensor) -> C:
     """Take one tick with the network's prediction at (x, now). Writes into `rows`."""
-    coefficients = now(rows).view(-1, len(rows.x), *(1,) * (rows.x.dim() - 1))
-    latest = (prediction, *rows.memory)
+    rows.x, rows.memory = moved(rows, prediction, now(rows)), (prediction, *rows.memory)[:-1]
+    rows.tick, rows.left = rows.tick + 1, rows.left - 1
+    return rows
+
+
+def moved(rows: Chain, prediction: Tensor, coefficients: Tensor) -> Tensor:
+    """The next x, by coefficients (columns, B)."""
+    coefficients = coefficients.view(-1, len(rows.x), *(1,) * (rows.x.dim() - 1))
     x = coefficients[POINT] * rows.x
-    for b, p in zip(coefficients[PREDICTION:], latest, strict=True):
+    for b, p in zip(coefficients[PREDICTION:], (prediction, *rows.memory), strict=True):
         x.addcmul_(b, p)
     d = coefficients[NOISE]
     noisy = concerned(d.flatten() != 0)  # deterministic rows do not pay for noise
     if len(noisy):
         noise = _random.normal(rows.seed[noisy], rows.sample[noisy], rows.tick[noisy], STEP_NOISE, x.shape[1:])
         x.index_add_(0, noisy, d[noisy] * noise)
-    rows.x, rows.memory = x, latest[:-1]
-    rows.tick, rows.left = rows.tick + 1, rows.left - 1
-    return rows
+    return x
