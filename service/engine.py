@@ -271,16 +271,18 @@ class Engine:
         assert lane.rows is not None
         done = set(finished)
         at = [i for i, row in enumerate(lane.ids) if row in done]
-        results = lane.program.result(lane.filled(_rows.take(lane.rows, at)))
-        for row, result in zip(finished, results, strict=False):
+        rows = lane.filled(_rows.take(lane.rows, at))
+        for row, result, ticks in zip(finished, lane.program.result(rows), rows.tick.tolist(), strict=False):
             if row.job not in self._jobs:
                 continue
+            job = self._jobs[row.job]
+            job.network_evaluations += ticks * job.rows[row.item].evaluations_per_tick
             if result is None:
                 self._fail(row.job, FloatingPointError("the result is not finite"))
                 continue
             message = lane.program.message(row.item, result)
             if isinstance(message, ImageDone):
-                self._jobs[row.job].images[row.item] = message.pixels
+                job.images[row.item] = message.pixels
             self._emit(row.job, message, False)
         self._keep(lane, [row for row in lane.ids if row not in done and row.job in self._jobs])
 
@@ -303,9 +305,13 @@ class Engine:
         task = job.rows[0]
         if not isinstance(task, _DrawRow) or task.draw.steps == 1 or job.began is None:
             return
-        steps = task.draw.steps
+        steps, ticks = task.draw.steps, task.ticks
         at = [i for i, row in enumerate(lane.ids) if row.job == job_id]
-        taken = sum(steps - max(0, lane.left[i]) for i in at) + steps * job.finished
+        if ticks is not None:
+            taken = sum(steps * (ticks - max(0, lane.left[i])) for i in at) // ticks
+        else:
+            taken = 0 if lane.rows is None else sum(int(steps * part) for part in lane.rows.progress()[at].tolist())
+        taken += steps * job.finished
         step = taken // job.total
         due = task.preview_every is not None and step // task.preview_every > job.told // task.preview_every
         if step <= job.told or not (due or now - job.told_at >= PROGRESS_EVERY):
@@ -338,14 +344,15 @@ class Engine:
 class _DrawRow:
     draw: Draw
     preview_every: int | None
-    network_evaluations: int
+    evaluations_per_tick: int  # of the network
+    ticks: int | None  # that it takes; None: its solver is adaptive
 
 
 @dataclass(frozen=True)
 class _ScoreRow:
     image: Pixels
     label: int
-    network_evaluations: int
+    evaluations_per_tick: int
 
 
 class _Program(abc.ABC):
@@ -387,7 +394,8 @@ class _Drawing(_Program):
         label = UNLABELLED if task.label is None else task.label
         conditioned = label != UNLABELLED or task.prompt is not None
         guided = spec.guidance_scale is not None and task.guidance_scale != 1 and conditioned
-        evaluations = task.steps * spec.steps.network_evaluations_per_step * (2 if guided else 1)
+        evaluations = spec.steps.network_evaluations_per_step * (2 if guided else 1)
+        ticks = None if task.solver in spec.adaptive else spec.ticks(task.steps, task.solver)
         return [
             _DrawRow(
                 Draw(
@@ -403,6 +411,7 @@ class _Drawing(_Program):
                 ),
                 task.preview_every,
                 evaluations,
+                ticks,
             )
             for k in range(task.n)
         ]
@@ -442,8 +451,8 @@ class _Scoring(_Program):
         if task.images.shape[1:] != self._model.spec.image.shape:
             raise ValueError(f"images: {task.images.shape[1:]} where the model takes {self._model.spec.image.shape}")
         likelihood = self._model.spec.likelihood
-        steps = 1 if likelihood is None else likelihood.steps
-        return [_ScoreRow(image, label, steps) for image, label in zip(task.images, task.labels, strict=True)]
+        evaluations = 1 if likelihood is None else likelihood.network_evaluations_per_step
+        return [_ScoreRow(image, label, evaluations) for image, label in zip(task.images, task.labels, strict=True)]
 
     def warm(self, rows: int) -> Rows:
         x = torch.zeros(rows, *self._model.spec.image.shape, device=self._model.device)
@@ -467,13 +476,15 @@ class _Scoring(_Program):
         names, statistics = list(columns), list(score.statistics)
         table = torch.stack([*columns.values(), *score.statistics.values()], dim=1).double().cpu().tolist()
         results: list[dict[str, Any] | None] = []
-        for line in table:
+        converged = [None] * len(table) if score.converged is None else score.converged.tolist()
+        for line, sure in zip(table, converged, strict=True):
             numbers = dict(zip(names + statistics, line, strict=True))
             ok = all(math.isfinite(v) for v in line)
             results.append(
                 {
                     **{n: numbers[n] if n in columns else None for n in ("log_prob", "energy", "stderr")},
                     "statistics": {n: numbers[n] for n in statistics},
+                    "converged": sure,
                 }
                 if ok
                 else None
@@ -511,10 +522,7 @@ class _Job:
     began: float | None = None
     finished: int = 0
     compute_seconds: float = 0.0
+    network_evaluations: int = 0  # of the rows that are finished
     told: int = 0  # the step of the last progress message
     told_at: float = -math.inf
     images: dict[int, Pixels] = field(default_factory=dict)  # finished ones, for previews
-
-    @property
-    def network_evaluations(self) -> int:
-        return sum(row.network_evaluations for row in self.rows)

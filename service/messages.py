@@ -72,11 +72,13 @@ class Scored:
     energy: float | None = None
     stderr: float | None = None
     statistics: dict[str, float] = field(default_factory=dict)
+    converged: bool | None = None  # of an integral: whether half the steps give nearly the same
 
 
 @dataclass(frozen=True)
 class Completed:
-    """Final: everything was told. `network_evaluations` counts one per network call and row."""
+    """Final: everything was told. `network_evaluations` counts one per network call and row, and one per product with
+    its Jacobian."""
 
     queue_seconds: float
     compute_seconds: float  # of the steps that this job's rows took part in

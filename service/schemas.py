@@ -156,6 +156,11 @@ class ScoreResult(Answer):
         None, exclude_if=lambda v: v is None, description="lower is likelier; of unnormalised models only"
     )
     stderr: float | None = Field(description="of log_prob where it is an estimate, in nats")
+    converged: bool | None = Field(
+        None,
+        exclude_if=lambda v: v is None,
+        description="whether half the steps give nearly the same log_prob; of numerical integrals only",
+    )
     anomaly: Anomaly | None = Field(description="null for a model that is not calibrated")
     statistics: dict[str, float]
     heatmap: str | None = Field(description="base64 of a PNG")
@@ -198,6 +203,7 @@ class Likelihood(Answer):
     dequantisation: str
     note: str = ""
     steps: int = Field(1, ge=1, description="steps that one image's score takes")
+    network_evaluations_per_step: int = Field(1, ge=1, exclude_if=lambda v: v == 1)
 
 
 class Conditioning(Answer):
@@ -214,6 +220,16 @@ class Spec(Answer):
     image: ImageShape
     steps: Steps
     solvers: list[str] = []
+    evaluations: dict[str, int] = Field(
+        {},
+        exclude_if=lambda v: not v,
+        description="network evaluations of a step, of solvers that take more than one; the last step takes one",
+    )
+    adaptive: list[str] = Field(
+        [],
+        exclude_if=lambda v: not v,
+        description="solvers that choose their own steps: `steps` says how finely, and they take about as many",
+    )
     likelihood: Likelihood | None
     conditioning: Conditioning | None
     prediction: str | None = None
@@ -242,6 +258,8 @@ class ModelEntry(Answer):
     image: ImageShape | None = None
     steps: Steps | None = None
     solvers: list[str] | None = None
+    evaluations: dict[str, int] | None = None
+    adaptive: list[str] | None = None
     likelihood: Likelihood | None = None
     conditioning: Conditioning | None = None
     prediction: str | None = None

@@ -139,6 +139,7 @@ async def _resolve(body: GenerateRequest, services: Services, *, streamed: bool)
     # Guidance asks the network twice a step: with the condition, and without.
     guided = guidance != 1 and (asked.label is not None or asked.prompt is not None)
     evaluations = version.spec.steps.network_evaluations_per_step * (2 if guided else 1)
+    evaluations *= version.spec.evaluations.get(asked.solver or "", 1)
     job = Job(
         id=uuid.uuid4().hex,
         model=body.model,

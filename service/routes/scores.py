@@ -66,7 +66,7 @@ async def score(request: Request, services: Served) -> Response:
         model=options.model,
         payload=pack(ScoreImages(pixels, (label,) * len(pixels))),
         rows=len(pixels),
-        units=len(pixels) * likelihood.steps,
+        units=len(pixels) * likelihood.steps * likelihood.network_evaluations_per_step,
         priority=options.priority,
         timeout=timeout,
     )
@@ -165,19 +165,26 @@ def _answer(
 def _result(scored: Scored, dims: int) -> ScoreResult:
     statistics: dict[str, Any] = dict(scored.statistics)
     bits_per_dim = None
-    if scored.log_prob is not None:
-        nll_bits = -scored.log_prob / math.log(2)
+    log_prob = None if _impossible(scored) else scored.log_prob
+    if log_prob is not None:
+        nll_bits = -log_prob / math.log(2)
         bits_per_dim = nll_bits / dims
         statistics = {"nll_bits": nll_bits, **statistics}
     return ScoreResult(
-        log_prob=scored.log_prob,
+        log_prob=log_prob,
         bits_per_dim=bits_per_dim,
         energy=scored.energy,
         stderr=scored.stderr,
+        converged=scored.converged,
         anomaly=None,
         statistics=statistics,
         heatmap=None,
     )
+
+
+def _impossible(scored: Scored) -> bool:
+    """An integral that is a probability above one: too few steps for this image."""
+    return scored.converged is False and scored.log_prob is not None and scored.log_prob > 0
 
 
 def _warnings(options: ScoreOptions, version: Version, scored: Sequence[Scored], resized: Sequence[int]) -> list[str]:
@@ -192,6 +199,13 @@ def _warnings(options: ScoreOptions, version: Version, scored: Sequence[Scored],
         names = ", ".join(f"images[{k}]" for k in resized)
         warnings.append(f"{names}: resized to the model's shape; scores of resized images are not comparable")
     for k, s in enumerate(scored):
+        if _impossible(s):
+            warnings.append(f"images[{k}]: log_prob is refused: {s.log_prob:.1f} nats would be a probability above one")
+        if s.converged is False:
+            warnings.append(
+                f"images[{k}]: not converged: half the steps give {s.statistics['coarse_log_prob']:.1f} nats, "
+                f"all of them {s.log_prob:.1f}"
+            )
         numbers = {"log_prob": s.log_prob, "energy": s.energy, "stderr": s.stderr, **s.statistics}
         for name, value in numbers.items():
             if value is not None and not math.isfinite(value):

@@ -245,6 +245,7 @@ class Score(Schema):
     bits_per_dim: float | None = None
     energy: float | None = None
     stderr: float | None = None  # nats, of an estimate
+    converged: bool | None = None  # of an integral: whether half the steps give nearly the same
     anomaly: Anomaly | None = None  # None: the model is not calibrated
     statistics: dict[str, float | None] = Field(default_factory=dict)
     heatmap: Picture | None = None
