@@ -50,6 +50,8 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
         {"width": 8, "heads": 2, "hidden": 8, "layers": ("near", "column", "all"), "near": 9, "embedding": 4},
         LABELLED,
     ),
+    "gaussian": ({}, LABELLED),
+    "gaussian:mixture": ({"components": 2, "rank": 2, "by_class": True, "iterations": 5}, LABELLED),
     "pixelcnn": ({"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}, LABELLED),
     "realnvp": ({"couplings": (2, 2), "widths": (8, 8)}, LABELLED),
     "vae": ({"latent": 4, "width": 8, "blocks": 1, "hidden": 16, "components": 2, "importance_samples": 4}, LABELLED),

@@ -336,8 +336,8 @@ def test_a_teacher_that_cannot_teach_is_refused_by_what_is_wrong(
 
 
 def test_a_run_of_no_steps_is_its_preparation(tmp_path: Path) -> None:
-    model = go(tmp_path, toy_run(steps=0))
-    assert model.prepared == toy.SIZE
+    model = go(tmp_path, toy_run(steps=0, batch_size=20))
+    assert model.prepared == toy.SIZE, "each image once, though the last batch is not full"
     assert model.seen == 0
 
 

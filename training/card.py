@@ -94,7 +94,9 @@ def _example(name: str, space: Mapping[str, Any]) -> dict[str, Any]:
 def _training(about: Mapping[str, Any], data: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     splits = ", ".join(f"{count:,} {split}" for split, count in data["splits"].items())
     lines = [f"- data: {data['name']} ({splits}), sha256 `{data['sha256'][:16]}…`"]
-    if recipe:
+    if recipe and recipe["steps"] == 0:
+        lines.append(f"- learnt from the whole of the training data at once, without gradients; seed {recipe['seed']}")
+    elif recipe:
         lines.append(
             f"- {recipe['steps']:,} steps of {recipe['batch_size']} images, "
             f"{recipe['precision']}, seed {recipe['seed']}"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -111,6 +113,7 @@ def _begin(run: Run, data: Dataset, out: Path, fabric: Fabric) -> State:
     groups = model.groups()
     if groups.keys() != run.optimisers.keys():
         raise RunError(f"optimisers: the run has {sorted(run.optimisers)}, {run.family} has groups {sorted(groups)}")
+    began = time.perf_counter()
     if not resuming:
         with torch.no_grad():
             if teacher is not None:
@@ -120,7 +123,8 @@ def _begin(run: Run, data: Dataset, out: Path, fabric: Fabric) -> State:
         name: torch.optim.AdamW(groups[name], lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
         for name, o in run.optimisers.items()
     }
-    state = State(model, copy.deepcopy(model).eval().requires_grad_(False), optimisers, teacher)
+    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    state = State(model, averaged, optimisers, teacher, seconds=time.perf_counter() - began)
     torch.manual_seed(run.seed * 100_003 + 1 + fabric.global_rank)  # from here on, each device its own noise
     if resuming:
         states.resume(state, run, out, fabric)
@@ -136,8 +140,10 @@ def _begin_from(teacher: Teacher, model: Model, run: Run) -> None:
 
 def _one_pass(split: Split, run: Run, at: int, teacher: Teacher | None, fabric: Fabric) -> Iterator[Batch]:
     """One pass over the training data when `at` steps are taken, the same on every device."""
-    for part in range(math.ceil(len(split) / run.batch_size)):
-        yield _on_device(batches(split, run.batch_size, run.seed, part), run, at, teacher, fabric)
+    for start in range(0, len(split), run.batch_size):
+        part = batches(split, run.batch_size, run.seed, start // run.batch_size)
+        part = part.take(np.arange(min(run.batch_size, len(split) - start)))  # nothing of the next pass
+        yield _on_device(part, run, at, teacher, fabric)
 
 
 # ------------------------------------------------------------------------------------------------------------------ end
