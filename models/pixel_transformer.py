@@ -45,7 +45,7 @@ class Config:
     width: int = 128  # D
     heads: int = 2
     hidden: int = 256  # units of a layer's perceptron, and of a head's
-    layers: tuple[str, ...] = ("near", "column", "near", "column", "near")  # what each sees, or "all"
+    layers: tuple[str, ...] = ("near", "column", "near", "column", "near")  # what each sees; "all" there is too
     near: int = 65  # positions that a layer of pattern "near" sees, its own included
     embedding: int = 16  # E, numbers that stand for a level of a channel
     levels: int = 256  # of a channel; with fewer than 256 the images are rounded to them
