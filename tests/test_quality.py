@@ -239,10 +239,10 @@ def test_a_likelihood_is_measured_on_the_first_images(digits: Dataset) -> None:
     model, _ = tiny_vae(digits.space)
     test = digits.splits["test"]
     whole = measure.log_probs(model, test, labelled=True, limit=10_000)
-    assert len(whole) == len(test)
+    assert len(whole.values) == len(test)
     few = measure.log_probs(model, test, labelled=True, limit=20, batch=7)
-    np.testing.assert_allclose(few, whole[:20], rtol=1e-5)
-    assert not np.allclose(few, measure.log_probs(model, test, labelled=False, limit=20))
+    np.testing.assert_allclose(few.values, whole.values[:20], rtol=1e-5)
+    assert not np.allclose(few.values, measure.log_probs(model, test, labelled=False, limit=20).values)
 
 
 def test_sets_of_real_images_are_disjoint_and_of_the_same_classes(digits: Dataset) -> None:

@@ -44,6 +44,7 @@ class Settings:
     test_images: int = 10_000  # whose likelihood is computed: fewer where one takes many network evaluations
     train_images: int = 2_000  # for the gap between training and test
     evaluations: int = 256_000  # network evaluations that a likelihood may take, over all its images
+    products: int = 64_000  # the same where it takes derivatives of the network, each of which counts as one
     unseen: int = 5_000  # held-out images that the memorisation test is calibrated on
     likelihood: bool = True  # False: keep the likelihoods that model.json has, and measure all else anew
     batch: int = 64
@@ -126,19 +127,31 @@ def _likelihood(model: Model, data: Dataset, settings: Settings, bars: _Bars) ->
     if likelihood is None or likelihood.kind == "unnormalised":
         return {}
 
-    def bits(split: str, labelled: bool, limit: int) -> NDArray[np.float64]:
+    def bits(split: str, labelled: bool, limit: int) -> tuple[NDArray[np.float64], Metric]:
         with bars.task(f"likelihood, {split}{' given labels' if labelled else ''}") as report:
             nats = log_probs(model, data.splits[split], labelled, limit, settings.batch, report)
+        how: Metric = {"kind": likelihood.kind, "dequantisation": likelihood.dequantisation, "note": likelihood.note}
+        if nats.coarse is not None and nats.converged is not None:
+            coarse, converged = in_bits(nats.coarse).mean(), nats.converged.mean()
+            how |= {
+                "coarse": _significant(coarse),
+                "converged": _significant(converged),
+                "note": f"{likelihood.note}; half the steps give {coarse:.4g}, {converged:.0%} of the images converged",
+            }
+        return in_bits(nats.values), how
+
+    def in_bits(nats: NDArray[np.float64]) -> NDArray[np.float64]:
         return bits_per_dim(torch.from_numpy(nats), model.spec.image.dims).numpy()
 
-    how: Metric = {"kind": likelihood.kind, "dequantisation": likelihood.dequantisation, "note": likelihood.note}
-    affordable = min(settings.test_images, settings.evaluations // likelihood.steps)
-    test = bits("test", False, affordable)
+    each = likelihood.network_evaluations_per_step
+    budget = settings.evaluations if each == 1 else settings.products
+    affordable = min(settings.test_images, budget // (likelihood.steps * each))
+    test, how = bits("test", False, affordable)
     metrics = {"bits_per_dim": _mean(test, "bits/dim", "lower", f"{data.name} test", **how)}
     if model.spec.image.labels:
-        given = bits("test", True, affordable)
+        given, how = bits("test", True, affordable)
         metrics["bits_per_dim_given_label"] = _mean(given, "bits/dim", "lower", f"{data.name} test", **how)
-    train = bits("train", False, min(settings.train_images, len(test)))
+    train, _ = bits("train", False, min(settings.train_images, len(test)))
     metrics["bits_per_dim_gap"] = metric(
         test.mean() - train.mean(),
         "bits/dim",

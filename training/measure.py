@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -57,26 +58,38 @@ def sample(model: Model, asked: Sequence[Draw], batch: int, report: Report = _si
     return images
 
 
+@dataclass(frozen=True)
+class LogProbs:
+    """Of n images, in nats."""
+
+    values: NDArray[np.float64]  # (n,)
+    coarse: NDArray[np.float64] | None = None  # (n,) of an integral, in half the steps
+    converged: NDArray[np.float64] | None = None  # (n,) 1.0 where the two are nearly the same, else 0.0
+
+
 def log_probs(
     model: Model, split: Split, labelled: bool, limit: int, batch: int = 64, report: Report = _silent
-) -> NDArray[np.float64]:
-    """(n,) nats of the first n = `limit` images, or of all. labelled: given their labels.
+) -> LogProbs:
+    """Of the first n = `limit` images, or of all. labelled: given their labels.
 
     The images of a split stand in the order of a hash: the first are a fair selection.
     """
     assert isinstance(model, Density), "a model whose Spec has a likelihood is a Density"
     limit = min(limit, len(split))
     values: list[Tensor] = []
+    integrals: list[Tensor] = []  # (coarse, converged), (2, B)
     with torch.inference_mode():
         for start in range(0, limit, batch):
             part = split.take(np.arange(start, min(start + batch, limit)))
             x = torch.from_numpy(part.x).to(model.device).to(torch.float32) / 255
             labels = torch.from_numpy(part.labels).to(model.device) if labelled else None
-            value = model.log_prob(x, labels).log_prob
-            assert value is not None, "a likelihood that is not 'unnormalised' has a log_prob"
-            values.append(value.double().cpu())
+            score = model.log_prob(x, labels)
+            assert score.log_prob is not None, "a likelihood that is not 'unnormalised' has a log_prob"
+            values.append(score.log_prob.double().cpu())
+            if score.converged is not None:
+                integrals.append(torch.stack([score.statistics["coarse_log_prob"], score.converged]).double().cpu())
             report(start + len(part), limit)
-    return torch.cat(values).numpy()
+    return LogProbs(torch.cat(values).numpy(), *(torch.cat(integrals, dim=1).numpy() if integrals else ()))
 
 
 def reconstructions(model: Model, split: Split, batch: int) -> NDArray[np.uint8]:
