@@ -51,7 +51,7 @@ def save(folder: Path, model: Model, config: Any, about: Mapping[str, Any], half
     weights = format_tensors(
         {
             name: _halved(name, t) if name in matrices else t.detach().cpu().contiguous().clone()
-            for name, t in model.state_dict().items()
+            for name, t in _kept(model).items()
         }
     )
     write_file(folder / WEIGHTS, weights)
@@ -72,6 +72,7 @@ def round_to_half(model: Model) -> None:
         weight.copy_(_halved(name, weight))
 
 
+@torch.inference_mode(False)  # weights made in inference mode could take no part in a gradient, as of an energy
 def load(folder: Path, device: torch.device | str = "cpu") -> Model:
     """The model of a checkpoint folder, on `device`, in eval mode, frozen. Raises `CheckpointError`."""
     about = read_about(folder)
@@ -85,8 +86,8 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Model:
         model: Model = family.Model(family.Config(**_tuples(about["config"])), space)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:  # what wrong JSON values can lead to
         raise CheckpointError(f"{ABOUT}: describes no model of this version: {type(e).__name__}: {e}") from e
-    _check_tensors(dict(model.state_dict()), tensors)
-    model.load_state_dict(tensors)
+    _check_tensors(_kept(model), tensors)
+    model.load_state_dict(tensors, strict=False)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -155,6 +156,11 @@ def _read(folder: Path, name: str, about: Mapping[str, Any]) -> bytes:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _kept(model: Model) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model, by name."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.training_only}
 
 
 def _matrices(model: Model) -> dict[str, torch.nn.Parameter]:

@@ -433,6 +433,7 @@ class Model(nn.Module, Sampler, Trainable):
     """What every family's class is. A Density too, exactly where its Spec has a likelihood."""
 
     spec: Spec
+    training_only: tuple[str, ...] = ()  # buffers that only training needs (chains): no checkpoint holds them
 
     @property
     def device(self) -> torch.device:

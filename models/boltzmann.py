@@ -106,6 +106,7 @@ class Model(_protocol.Model, OnePassDensity):
     """
 
     statistic_names = ("free_energy", "reconstruction")
+    training_only = ("chain",)
 
     base: Tensor  # (2D,) fields of pixels that are independent, and as in the data: β = 0
     offset: Tensor  # (2D,) mean statistics of the data

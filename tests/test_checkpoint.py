@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models import _checkpoint, vae
+from models import _checkpoint, ebm, vae
 from models._checkpoint import ABOUT, WEIGHTS, CheckpointError
 from models._protocol import Draw, ImageSpace
 
@@ -101,6 +101,19 @@ def test_tied_weights_and_other_layouts_are_written(tmp_path: Path) -> None:
     _checkpoint.save(tmp_path, model, CONFIG, {})
     again = _checkpoint.load(tmp_path).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_only_training_needs_is_not_written(tmp_path: Path) -> None:
+    config = ebm.Config(channels=(8,), blocks=(0,), replay=50)
+    model = ebm.Model(config, SPACE)
+    model.replay.fill_(7)
+    _checkpoint.save(tmp_path, model, config, {})
+    assert load_file(tmp_path / WEIGHTS).keys() == model.state_dict().keys() - {"replay"}
+    again = _checkpoint.load(tmp_path)
+    assert all(
+        torch.equal(tensor, again.state_dict()[name]) != (name == "replay")
+        for name, tensor in model.state_dict().items()
+    )
 
 
 def test_half_storage_rounds_matrices_alone_and_loads_as_float32(tmp_path: Path) -> None:

@@ -40,11 +40,43 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
     "consistency": ({"channels": 16, "multipliers": (1, 2)}, LABELLED),
     "ddpm": ({"channels": 16, "multipliers": (1, 2), "bound_steps": 5}, LABELLED),
     "flow_matching": ({"channels": 16, "multipliers": (1, 2), "score_steps": 4}, LABELLED),
+    "ebm": (
+        {"channels": (8, 8), "blocks": (1, 0), "langevin_steps": 2, "replay": 30, "rank": 4, "default_steps": 5},
+        LABELLED,
+    ),
     "gan": (
         {"latent": 4, "embedding": 4, "generator_channels": (8, 8), "critic_channels": (8, 8), "blocks": (0, 1)},
         LABELLED,
     ),
+    "gan:style": (
+        {
+            "latent": 4,
+            "embedding": 4,
+            "generator_channels": (8, 8),
+            "critic_channels": (8, 8),
+            "blocks": (0, 1),
+            "generator": "style",
+        },
+        LABELLED,
+    ),
+    "gan:text": (
+        {
+            "latent": 4,
+            "generator_channels": (8, 8),
+            "critic_channels": (8, 8),
+            "blocks": (0, 1),
+            "generator": "style",
+            "objective": "logistic",
+            "vocabulary": 270,
+            "text_width": 8,
+        },
+        CAPTIONED,
+    ),
     "glow": ({"couplings": (2, 2), "widths": (8, 8), "maps": 2}, LABELLED),
+    "latent_diffusion": (
+        {"widths": (8, 8), "code_channels": 2, "channels": 16, "blocks": 1, "autoencoder_share": 0.4},
+        LABELLED,
+    ),
     "nice": ({"couplings": ("convolutional", "convolutional", "dense", "dense"), "units": 8, "channels": 8}, LABELLED),
     "pixel_transformer": (
         {"width": 8, "heads": 2, "hidden": 8, "layers": ("near", "column", "all"), "near": 9, "embedding": 4},
@@ -54,6 +86,8 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
     "gaussian:mixture": ({"components": 2, "rank": 2, "by_class": True, "iterations": 5}, LABELLED),
     "pixelcnn": ({"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}, LABELLED),
     "realnvp": ({"couplings": (2, 2), "widths": (8, 8)}, LABELLED),
+    "score_sde": ({"channels": 16, "multipliers": (1, 2), "score_steps": 4}, LABELLED),
+    "score_sde:ve": ({"channels": 16, "multipliers": (1, 2), "score_steps": 4, "sde": "ve"}, LABELLED),
     "vae": ({"latent": 4, "width": 8, "blocks": 1, "hidden": 16, "components": 2, "importance_samples": 4}, LABELLED),
     "vae:hierarchical": (
         {
@@ -357,9 +391,15 @@ def test_an_image_has_one_score(name: str, make: Callable[[str], Model]) -> None
     model = make(name)
     assert isinstance(model, Density)
     x = pictures(8, model.spec.image, seed=4)
-    together = model.log_prob(x).log_prob
-    flipped = model.log_prob(x.flip(0)).log_prob
-    apart = torch.cat([model.log_prob(x[k : k + 1].expand(8, -1, -1, -1)).log_prob[:1] for k in range(8)])
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        score = model.log_prob(x)
+        found = score.energy if score.log_prob is None else score.log_prob
+        assert found is not None
+        return found
+
+    together, flipped = value(x), value(x.flip(0))
+    apart = torch.cat([value(x[k : k + 1].expand(8, -1, -1, -1))[:1] for k in range(8)])
     torch.testing.assert_close(together, flipped.flip(0), rtol=0, atol=0)
     torch.testing.assert_close(together, apart, rtol=0, atol=0)
 
@@ -475,7 +515,7 @@ def test_the_engine_serves_it(name: str, make: Callable[[str], Model]) -> None:
         scores = {m.index: m for m in told["scores"] if isinstance(m, Scored)}
         single = [m for m in told["score"] if isinstance(m, Scored)]
         assert sorted(scores) == list(range(11))
-        assert single[0].log_prob == scores[3].log_prob
+        assert (single[0].log_prob, single[0].energy) == (scores[3].log_prob, scores[3].energy)
 
 
 def pixels(messages: list[Message]) -> np.ndarray:
