@@ -107,8 +107,8 @@ class Layer(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, heads, pattern, gain)
         self.norm2 = nn.LayerNorm(width)
-        self.up = _linear(width, hidden, math.sqrt(2))
-        self.down = _linear(hidden, width, gain)
+        self.up = _weight(width, hidden, math.sqrt(2))
+        self.down = _weight(hidden, width, gain)
 
     def forward(self, h: Tensor) -> Tensor:
         mixed, _, _ = self.attention(self.norm1(h))
@@ -123,7 +123,7 @@ class Layer(nn.Module):
         return self._perceptron(h + self.attention.step(self.norm1(h), cache, stand))
 
     def _perceptron(self, h: Tensor) -> Tensor:
-        out: Tensor = h + self.down(F.gelu(self.up(self.norm2(h))))
+        out: Tensor = h + F.gelu(self.norm2(h) @ self.up) @ self.down
         return out
 
 
@@ -133,8 +133,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, pattern: Pattern, gain: float) -> None:
         super().__init__()
         self.heads, self.pattern = heads, pattern
-        self.qkv = _linear(width, 3 * width)
-        self.out = _linear(width, width, gain)
+        self.qkv = _weight(width, 3 * width)
+        self.out = _weight(width, width, gain)
         self.bias = nn.Parameter(torch.zeros(pattern.reach, heads))  # by lag, in strides
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         size = QUERIES * (math.ceil(length / QUERIES) if reach >= length else 1)  # C
         blocks = math.ceil(length / size)  # N
         before = 0 if blocks == 1 else math.ceil((reach - 1) / size)  # blocks that the first query of a block sees
-        qkv: Tensor = self.qkv(x)
+        qkv = x @ self.qkv
         padded = F.pad(qkv, (0, 0, 0, blocks * size * stride - t))
         parts = padded.view(b, blocks, size, stride, 3, heads, -1).permute(4, 0, 3, 5, 1, 2, 6)
         q, k, v = parts.unbind()  # (B, S, heads, N, C, d) each
@@ -161,8 +161,7 @@ class Attention(nn.Module):
         mixed = logits.softmax(dim=-1).to(v.dtype) @ v
         mixed = mixed.permute(0, 3, 4, 1, 2, 5).reshape(b, -1, width)[:, :t]
         _, keys, values = qkv.view(b, t, 3, heads, -1).unbind(dim=2)
-        out: Tensor = self.out(mixed)
-        return out, keys, values
+        return mixed @ self.out, keys, values
 
     def _bias_of_blocks(self, blocks: int, size: int, before: int) -> Tensor:
         """(heads, N, C, (before + 1) · C): of each query of a block to its keys, −∞ where it is not to see one."""
@@ -177,7 +176,7 @@ class Attention(nn.Module):
     # with a cache
 
     def cache(self, rows: int) -> Tensor:
-        d = self.qkv.in_features // self.heads
+        d = len(self.out) // self.heads
         return self.bias.new_zeros(rows, self.heads, 2, self.pattern.stride, _kept(self.pattern), d)
 
     def fill(self, cache: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -190,7 +189,7 @@ class Attention(nn.Module):
     def step(self, x: Tensor, cache: Tensor, stand: Stand) -> Tensor:
         """x (B, D) -> (B, D)"""
         b, heads = len(x), self.heads
-        q, k, v = self.qkv(x).view(b, 3, heads, -1).unbind(dim=1)  # (B, heads, d) each
+        q, k, v = (x @ self.qkv).view(b, 3, heads, -1).unbind(dim=1)  # (B, heads, d) each
         stand.write(cache, torch.stack([k, v], dim=2))
         keys, values = stand.read(cache).flatten(0, 1).unbind(dim=1)  # (B·heads, K, d) each
         q = q.reshape(b * heads, 1, -1) * (1 / math.sqrt(q.shape[-1]))
@@ -201,8 +200,7 @@ class Attention(nn.Module):
         mixed = torch.bmm(weights[:, :, first], values[:, first])
         for block in more:
             mixed.baddbmm_(weights[:, :, block], values[:, block])
-        out: Tensor = self.out(mixed.view(b, -1))
-        return out
+        return mixed.view(b, -1) @ self.out
 
 
 @dataclass(frozen=True)
@@ -278,10 +276,8 @@ def _fitting(pattern: Pattern, length: int) -> Pattern:
     return Pattern(min(pattern.reach, math.ceil(length / stride)), stride)
 
 
-def _linear(inputs: int, outputs: int, gain: float = 1.0) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs, bias=False)
-    nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs))
-    return layer
+def _weight(inputs: int, outputs: int, gain: float = 1.0) -> nn.Parameter:
+    return nn.Parameter(torch.randn(inputs, outputs) * (gain / math.sqrt(inputs)))
 
 
 def check(width: int, heads: int, hidden: int, patterns: Sequence[Pattern | int]) -> None:
