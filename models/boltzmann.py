@@ -148,12 +148,15 @@ class Model(_protocol.Model, OnePassDensity):
 
     # ---- the machine
 
-    def field(self, layer: int, states: States, labels: Tensor, beta: Tensor | float = 1.0) -> Tensor:
-        """(B, units): what the neighbours and the bias tell a layer. beta: one number or (B, 1)."""
+    def field(
+        self, layer: int, states: States, labels: Tensor, beta: Tensor | float = 1.0, below: Tensor | None = None
+    ) -> Tensor:
+        """(B, units): what the neighbours and the bias tell a layer. beta: one number or (B, 1). below: what the layer
+        below tells it, where that is known already."""
         dtype = states[0].dtype
         field = self.biases[layer].to(dtype)
         if layer > 0:
-            field = field + states[layer - 1] @ self.weights[layer - 1].to(dtype)
+            field = field + (states[layer - 1] @ self.weights[layer - 1].to(dtype) if below is None else below)
         if layer < self.depth:
             field = field + states[layer + 1] @ self.weights[layer].to(dtype).mT
         elif self.top is not None:
@@ -199,9 +202,11 @@ class Model(_protocol.Model, OnePassDensity):
     def mean_field(self, states: States, labels: Tensor) -> States:
         """The hidden layers' means given the image: coordinate ascent of the bound; exact for one hidden layer."""
         states = list(states)
+        image = states[0] @ self.weights[0].to(states[0].dtype)  # the same in every iteration
         for _ in range(self.config.mean_field if self.depth > 1 else 1):
             for layer in [*range(1, self.depth + 1, 2), *range(2, self.depth + 1, 2)]:
-                states[layer] = 0.5 * torch.tanh(self.field(layer, states, labels) / 2)
+                field = self.field(layer, states, labels, below=image if layer == 1 else None)
+                states[layer] = 0.5 * torch.tanh(field / 2)
         return states
 
     def blank(self, visible: Tensor) -> States:
