@@ -159,7 +159,7 @@ def pixel_transformer() -> Run:
         family="pixel_transformer",
         config=models.pixel_transformer.Config(),
         data="fashion-mnist",
-        steps=16_000,
+        steps=15_000,
         batch_size=4,
         optimisers={"transformer": AdamW(lr=3e-3)},
         storage="fp16",
