@@ -15,7 +15,7 @@ from service import errors
 from service.broker import Broker
 from service.catalog import Catalog
 from service.middleware import BodyLimit, RequestContext
-from service.routes import health, images, models, scores
+from service.routes import health, images, jobs, models, scores
 from service.routes._services import Services, limits
 from service.schemas import GenerateRequest, ProblemDetails, ScoreOptions, ScoreRequest
 from service.settings import Settings
@@ -45,7 +45,7 @@ def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.services = services
-    for routes in (images, scores, models, health):
+    for routes in (images, scores, jobs, models, health):
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)

@@ -19,6 +19,9 @@ from typing import Literal, TypeAlias
 Priority: TypeAlias = Literal["interactive", "batch"]
 
 
+CANCELLED = "cancelled"  # why a job was lost that nobody wanted any longer
+
+
 @dataclass(frozen=True)
 class Job:
     """A unit of work for one model."""
@@ -115,9 +118,10 @@ class Broker(abc.ABC):
         """
 
     @abc.abstractmethod
-    def events(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
-        """The job's events from number after + 1 on, until the final one. Raises `KeyError` for a job that is not
-        known, `JobLost` when it ended without an answer. A rerun may repeat events, under new numbers.
+    def events(self, job_id: str, after: int = 0, wait: bool = True) -> AsyncIterator[Event]:
+        """The job's events from number after + 1 on, until the final one; without waiting, those that were told by now.
+        Raises `KeyError` for a job that is not known, `JobLost` when it ended without an answer. A rerun may repeat
+        events, under new numbers.
         """
 
     @abc.abstractmethod

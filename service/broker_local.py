@@ -27,6 +27,7 @@ from typing import Any, Literal
 import msgpack
 
 from service.broker import (
+    CANCELLED,
     Broker,
     Claims,
     Event,
@@ -120,11 +121,11 @@ class LocalBroker(Broker):
             return
         if record.worker is None:
             self._queues[record.job.priority].remove(job_id)
-            self._end(record, lost="cancelled")
+            self._end(record, lost=CANCELLED)
         else:
             _send(self._links[record.worker].writer, "cancel", job_id)
 
-    async def events(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, after: int = 0, wait: bool = True) -> AsyncIterator[Event]:
         record = self._records[job_id]
         told = after
         while True:
@@ -134,6 +135,8 @@ class LocalBroker(Broker):
             if record.ended:
                 if record.lost is not None:
                     raise JobLost(record.lost)
+                return
+            if not wait:
                 return
             record.news.clear()
             await record.news.wait()

@@ -43,6 +43,7 @@ from service._redis import (
     until_reached,
 )
 from service.broker import (
+    CANCELLED,
     Broker,
     BrokerAway,
     Claims,
@@ -122,9 +123,9 @@ class RedisBroker(Broker):
         return job.id
 
     async def cancel(self, job_id: str) -> None:
-        await reached(self._store.run("cancel", job_id, "cancelled"))
+        await reached(self._store.run("cancel", job_id, CANCELLED))
 
-    async def events(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, after: int = 0, wait: bool = True) -> AsyncIterator[Event]:
         news = asyncio.Event()
         self._news.setdefault(job_id, []).append(news)
         followed = False
@@ -157,6 +158,8 @@ class RedisBroker(Broker):
                         return
                 if state == b"ended":
                     raise JobLost("it ended without an answer" if lost is None else lost.decode())
+                if not wait:
+                    return
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(news.wait(), POLL_SECONDS)
         except AWAY as e:

@@ -35,7 +35,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from service.broker import JobLost, NoWorker, QueueFull
+from service.broker import BrokerAway, JobLost, KeyTaken, NoWorker, QueueFull
 from service.messages import Failed
 
 MEDIA_TYPE = "application/problem+json"
@@ -98,6 +98,13 @@ class UnknownModel(Problem):
         there_are = f"there are {', '.join(sorted(known))}" if known else "there are none"
         fault = Fault(loc, f"no model {json.dumps(shown(model), ensure_ascii=False)}; {there_are}", model)
         super().__init__(str(fault), faults=[fault])
+
+
+class UnknownJob(Problem):
+    status, kind, title = 404, "unknown-job", "There is no such job"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no job {shown(job_id)!r}; one that has ended is kept for a while only")
 
 
 class NotAcceptable(Problem):
@@ -183,6 +190,10 @@ def problem_of(error: Exception) -> Problem:
             return error
         case QueueFull():
             return Busy(error)
+        case BrokerAway():
+            return Unavailable(f"the queue cannot be reached: {error}")
+        case KeyTaken():
+            return Invalid(Fault(("header", "Idempotency-Key"), str(error)))
         case NoWorker():
             return Unavailable("no worker is connected that could do this")
         case JobLost():
@@ -234,6 +245,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Problem, _on_error)
     app.add_exception_handler(QueueFull, _on_error)
     app.add_exception_handler(NoWorker, _on_error)
+    app.add_exception_handler(BrokerAway, _on_error)
+    app.add_exception_handler(KeyTaken, _on_error)
     app.add_exception_handler(JobLost, _on_error)
     app.add_exception_handler(TimeoutError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)

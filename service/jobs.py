@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from service import errors
-from service.broker import Broker, Job
-from service.messages import Failed, ImageDone, Message, Progress, Scored, Started, unpack
+from service.broker import CANCELLED, Broker, Job, JobLost
+from service.messages import Completed, Failed, ImageDone, Message, Progress, Scored, Started, unpack
 
 T = TypeVar("T")
 
@@ -55,42 +55,67 @@ class Once:
         return news
 
 
-async def follow(broker: Broker, job: Job) -> AsyncGenerator[Told]:
-    """Submit a job, and tell where it stands in the queue and then its messages, the last of which is `Completed`.
+async def follow(broker: Broker, job: Job) -> AsyncGenerator[tuple[Told, int]]:
+    """Submit a job, and tell where it stands in the queue and then its messages, the last of which is `Completed`; each
+    with the number of its event, 0 where it has none.
 
     Raises what `Broker.submit` does before it tells anything, and a `Problem` for a job that failed. Whoever stops
     listening before the end (closes this, or is cancelled) cancels the job.
     """
     ended = False
     try:
-        await broker.submit(job)
-        position = await broker.position(job.id)
-        yield Queued(position)
-        once, waiting = Once(), True
-        async with aclosing(pausing(broker.events(job.id), _POSITION_SECONDS)) as events:
-            async for event in events:
-                if event is None:
-                    if waiting and (now := await broker.position(job.id)) != position:
-                        yield Queued(position := now)
-                    continue
-                waiting, ended = False, event.final
-                message = unpack(event.payload)
-                if isinstance(message, Failed):
-                    raise errors.failure(message)
-                if once.admit(message):
-                    yield message
-                if ended:
-                    return
-        raise errors.Interrupted("the job was ended before it was done")
+        job_id = await broker.submit(job)
+        async with aclosing(attend(broker, job_id)) as told:
+            async for message, number in told:
+                ended = isinstance(message, Completed)
+                yield message, number
+    except errors.Problem:
+        ended = True
+        raise
     finally:
         if not ended:
             await broker.cancel(job.id)
 
 
-async def outcome(broker: Broker, job: Job, deadline: float) -> list[Told]:
+async def attend(broker: Broker, job_id: str, after: int = 0) -> AsyncGenerator[tuple[Told, int]]:
+    """What a job tells, from event number after + 1 on, to its end. Raises a `Problem` for a job that failed."""
+    position = await broker.position(job_id)
+    yield Queued(position), 0
+    once, waiting = Once(), True
+    try:
+        async with aclosing(pausing(broker.events(job_id), _POSITION_SECONDS)) as events:
+            async for event in events:
+                if event is None:
+                    if waiting and (now := await broker.position(job_id)) != position:
+                        position = now
+                        yield Queued(position), 0
+                    continue
+                waiting = False
+                message = unpack(event.payload)
+                if isinstance(message, Failed):
+                    raise errors.failure(message)
+                if once.admit(message) and event.number > after:
+                    yield message, event.number
+                if event.final:
+                    return
+    except JobLost as e:
+        if str(e) == CANCELLED:
+            raise errors.Interrupted("the job was cancelled before it was done") from e
+        raise
+    raise errors.Interrupted("the job was ended before it was done")
+
+
+async def so_far(broker: Broker, job_id: str) -> list[Message]:
+    """What a job has told until now, the last of which may be `Failed`. Raises `JobLost`."""
+    once = Once()
+    messages = [unpack(event.payload) async for event in broker.events(job_id, wait=False)]
+    return [message for message in messages if once.admit(message)]
+
+
+async def outcome(told_of: AsyncGenerator[tuple[Told, int]], deadline: float) -> list[Told]:
     """All that a job tells, once it is complete. Raises `TimeoutError` at `deadline`, on the event loop's clock."""
-    async with asyncio.timeout_at(deadline), aclosing(follow(broker, job)) as told:
-        return [message async for message in told]
+    async with asyncio.timeout_at(deadline), aclosing(told_of) as told:
+        return [message async for message, _ in told]
 
 
 async def pausing(source: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None]:

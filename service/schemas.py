@@ -105,6 +105,21 @@ class Answer(BaseModel):
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
 
 
+class ProblemDetails(Answer):
+    """RFC 9457."""
+
+    class Error(Answer):
+        loc: list[str | int]
+        msg: str
+        input: Any
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[Error] = []
+
+
 class Image(Answer):
     b64_json: str
     seed: int
@@ -136,6 +151,24 @@ class Generation(Answer):
 
 class GenerateResponse(Generation):
     images: list[Image]
+
+
+class JobProgress(Answer):
+    step: int
+    steps: int
+    eta_seconds: float | None
+
+
+class JobResponse(Answer):
+    """A job that was asked for with `Prefer: respond-async`."""
+
+    id: str
+    model: str
+    status: Literal["queued", "running", "done", "failed", "cancelled"]
+    position: int | None = Field(default=None, description="jobs that come before this one, while it is queued")
+    progress: JobProgress | None = None
+    answer: GenerateResponse | None = Field(default=None, description="once it is done")
+    problem: ProblemDetails | None = Field(default=None, description="why there is no answer")
 
 
 class Anomaly(Answer):
@@ -274,18 +307,3 @@ class ModelList(Answer):
 
 class Health(Answer):
     status: Literal["ok", "ready"]
-
-
-class ProblemDetails(Answer):
-    """RFC 9457."""
-
-    class Error(Answer):
-        loc: list[str | int]
-        msg: str
-        input: Any
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    errors: list[Error] = []

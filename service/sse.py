@@ -19,10 +19,11 @@ from service.jobs import pausing, unless_hung_up
 MEDIA_TYPE = "text/event-stream"
 
 
-def event(name: str, data: Mapping[str, Any] | BaseModel) -> bytes:
-    """One event. Its data is one line of JSON."""
+def event(name: str, data: Mapping[str, Any] | BaseModel, number: int = 0) -> bytes:
+    """One event, with an id to go on from where it has a number. Its data is one line of JSON."""
     text = data.model_dump_json() if isinstance(data, BaseModel) else json.dumps(data)
-    return f"event: {name}\ndata: {text}\n\n".encode()
+    numbered = f"id: {number}\n" if number else ""
+    return f"event: {name}\n{numbered}data: {text}\n\n".encode()
 
 
 class EventStream(Response):

@@ -125,7 +125,7 @@ class FakeBroker(Broker):
     async def cancel(self, job_id: str) -> None:
         self.cancelled.append(job_id)
 
-    async def events(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
+    async def events(self, job_id: str, after: int = 0, wait: bool = True) -> AsyncIterator[Event]:
         number = 0
         async for event in self.answer(self.jobs[job_id]):
             if (number := number + 1) > after:

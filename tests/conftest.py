@@ -7,9 +7,12 @@ DRAWWELL_REQUIRE_DATA=1 it fails instead, so that a machine that has the data ca
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import brokers
 import pytest
+from redis_server import RedisServer
 
 from training import data, download
 
@@ -30,6 +33,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _holds(folder: Path) -> bool:
     return all((folder / f"{stem}.gz").is_file() or (folder / stem).is_file() for stem in download.STEMS)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis for tests that leave it running."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(params=["local", "redis"])
+def kind(request: pytest.FixtureRequest) -> brokers.Kind:
+    """Either broker."""
+    if request.param == "local":
+        return brokers.Local()
+    server: RedisServer = request.getfixturevalue("redis_server")
+    server.flush()
+    return brokers.Distributed(server)
 
 
 @pytest.fixture(scope="session")

@@ -4,148 +4,21 @@ cancellation, dead workers, bounds, idempotency.
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import dataclasses
-import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from redis_server import RedisServer
+from brokers import Kind, Link, Local, workers
 
-from service.broker import Broker, Claims, Event, Job, JobLost, KeyTaken, ModelState, NoWorker, QueueFull, WorkerState
-from service.broker_local import LocalBroker, LocalClaims
-from service.broker_redis import RedisBroker, RedisClaims
+from service.broker import Broker, Event, Job, JobLost, KeyTaken, ModelState, NoWorker, QueueFull, WorkerState
+from service.broker_local import LocalBroker
 
 pytestmark = pytest.mark.anyio
-
-CLAIM = 0.6  # seconds after which a worker that gives no sign of life loses its jobs
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-class Link(abc.ABC):
-    """A worker's end of a broker."""
-
-    claims: Claims
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    @abc.abstractmethod
-    async def connect(self) -> None: ...
-
-    @abc.abstractmethod
-    async def die(self) -> None:
-        """Without a word, as after kill -9."""
-
-    async def open(self, broker: Broker, *models: str, ready: bool = True) -> None:
-        await self.connect()
-        states = {model: ModelState("ready") for model in models}
-        await self.claims.announce(WorkerState(self.name, "cpu", ready, states))
-        async with asyncio.timeout(5):
-            while not any(state.name.startswith(self.name) for state in await broker.pool()):
-                await asyncio.sleep(0.01)
-
-
-class LocalLink(Link):
-    def __init__(self, broker: LocalBroker, name: str) -> None:
-        super().__init__(name)
-        self.broker = broker
-
-    async def connect(self) -> None:
-        ours, theirs = socket.socketpair()
-        self.attached = asyncio.create_task(self.broker.attach(self.name, ours))
-        self.claims = self.local = LocalClaims(*await asyncio.open_connection(sock=theirs))
-        self.reading = asyncio.create_task(self.claims.run())
-
-    async def die(self) -> None:
-        self.local._writer.close()
-        self.reading.cancel()
-        await asyncio.gather(self.attached, self.reading, return_exceptions=True)
-
-
-class RedisLink(Link):
-    def __init__(self, url: str, name: str) -> None:
-        super().__init__(name)
-        self.url = url
-
-    async def connect(self) -> None:
-        self.claims = RedisClaims(self.url, self.name, claim_seconds=CLAIM)
-        self.running = asyncio.create_task(self.claims.run())
-
-    async def die(self) -> None:
-        self.running.cancel()
-        await asyncio.gather(self.running, return_exceptions=True)
-
-
-class Kind(abc.ABC):
-    """How a broker and its links are made."""
-
-    @abc.abstractmethod
-    @asynccontextmanager
-    def broker(self, queue_units: int = 100, keep: float = 60.0, grace: float = 30.0) -> AsyncIterator[Broker]: ...
-
-    @abc.abstractmethod
-    def link(self, broker: Broker, name: str) -> Link: ...
-
-
-class Local(Kind):
-    @asynccontextmanager
-    async def broker(self, queue_units: int = 100, keep: float = 60.0, grace: float = 30.0) -> AsyncIterator[Broker]:
-        yield LocalBroker(queue_units, keep, grace)
-
-    def link(self, broker: Broker, name: str) -> Link:
-        assert isinstance(broker, LocalBroker)
-        return LocalLink(broker, name)
-
-
-class Distributed(Kind):
-    def __init__(self, server: RedisServer) -> None:
-        self.server = server
-
-    @asynccontextmanager
-    async def broker(self, queue_units: int = 100, keep: float = 60.0, grace: float = 30.0) -> AsyncIterator[Broker]:
-        broker = RedisBroker(self.server.url, queue_units, keep, grace)
-        running = asyncio.create_task(broker.run())
-        try:
-            yield broker
-        finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-            await broker.close()
-
-    def link(self, broker: Broker, name: str) -> Link:
-        return RedisLink(self.server.url, name)
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
-        yield server
-
-
-@pytest.fixture(params=["local", "redis"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    if request.param == "local":
-        return Local()
-    server: RedisServer = request.getfixturevalue("redis_server")
-    server.flush()
-    return Distributed(server)
-
-
-@asynccontextmanager
-async def workers(kind: Kind, broker: Broker, *names: str) -> AsyncIterator[list[Link]]:
-    links = [kind.link(broker, name) for name in names]
-    async with AsyncExitStack() as stack:
-        for link in links:
-            await link.open(broker, "m")
-            stack.push_async_callback(link.die)
-        yield links
 
 
 def job(name: str, **changed: object) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
@@ -12,7 +13,10 @@ from service import errors
 from service.accepts import Accepts
 from service.broker import Broker, WorkerState
 from service.catalog import Catalog, Entry, Version
+from service.errors import Fault
 from service.settings import Settings
+
+_TOKEN = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 @dataclass
@@ -58,12 +62,31 @@ async def _services(request: Request) -> Services:  # async: else it would be ca
 Served: TypeAlias = Annotated[Services, Depends(_services)]
 
 
+def tenant(request: Request) -> str:
+    """Who asks: the header `Drawwell-Tenant`. Tenants of one model take turns. Raises `Invalid`."""
+    return _token(request, "Drawwell-Tenant") or ""
+
+
+def idempotency_key(request: Request) -> str | None:
+    """Raises `Invalid`."""
+    return _token(request, "Idempotency-Key")
+
+
+def _token(request: Request, header: str) -> str | None:
+    given = request.headers.get(header)
+    if given is not None and not _TOKEN.fullmatch(given):
+        raise errors.Invalid(
+            Fault(("header", header), "takes 1 to 128 printable ASCII characters without spaces", given)
+        )
+    return given
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI: the problems that a route answers with."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
     meanings = {
         400: "The body cannot be parsed",
-        404: "There is no such model",
+        404: "There is no such model, or job",
         406: "None of the media types in Accept can be given",
         413: "The body is too long",
         415: "The body is of another media type",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
+import hashlib
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -16,12 +14,12 @@ from fastapi import APIRouter, Request, Response
 from service import errors, images, sse
 from service.bodies import JSON, preferred, read_json
 from service.broker import Job
-from service.catalog import Version
+from service.drawing import Drawing
 from service.errors import Fault
-from service.jobs import Queued, Told, follow, outcome, unless_hung_up
-from service.messages import Completed, Generate, ImageDone, Pixels, Progress, pack
-from service.routes._services import Served, Services, problems
-from service.schemas import Format, GenerateRequest, GenerateResponse, Generation, Image, Usage
+from service.jobs import attend, follow, outcome, unless_hung_up
+from service.messages import Generate, pack
+from service.routes._services import Served, Services, idempotency_key, problems, tenant
+from service.schemas import GenerateRequest, GenerateResponse, JobResponse
 
 router = APIRouter(tags=["images"])
 
@@ -31,40 +29,11 @@ _MODEL_FIELDS = ("steps", "solver", "label", "prompt", "guidance_scale", "temper
 _LIMITED_FIELDS = ("n", "preview_every", "timeout")
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A generate request with everything resolved."""
-
-    request: GenerateRequest
-    version: Version
-    asked: Generate
-    job: Job
-    deadline: float  # on the event loop's clock
-
-    def generation(self, completed: Completed) -> Generation:
-        spec = self.version.spec
-        return Generation(
-            id=self.job.id,
-            model=self.job.model,
-            family=spec.family,
-            steps=self.asked.steps,
-            seed=self.asked.seed,
-            width=spec.image.width,
-            height=spec.image.height,
-            channels=spec.image.channels,
-            usage=Usage(
-                queue_seconds=completed.queue_seconds,
-                compute_seconds=completed.compute_seconds,
-                network_evaluations=completed.network_evaluations,
-            ),
-            model_sha256=self.version.weights_sha256,
-        )
-
-
 @router.post(
     "/generate",
     response_model=GenerateResponse,
     responses={
+        202: {"model": JobResponse, "description": "With `Prefer: respond-async`: come back to Location"},
         200: {
             "description": "The images: as JSON, as one PNG (more than one: a grid), or as a stream of events",
             "content": {
@@ -90,32 +59,49 @@ async def generate(request: Request, services: Served) -> Response:
     The answer is JSON; with `Accept: image/png` one PNG (more than one image: a grid; the seed is in the header
     `Drawwell-Seed`); with `Accept: text/event-stream` or `"stream": true` a stream of the events `queued {position}`,
     `progress {step, steps, eta_seconds, preview?}`, `image {sample, b64_json}`, `completed {the answer without images}`
-    and `error {problem}`. Hanging up cancels.
+    and `error {problem}`. Hanging up cancels. With `Prefer: respond-async` the answer is 202 at once, and the job at
+    `Location` goes on by itself.
+
+    With an `Idempotency-Key` the same request again is answered by the same job, attached to while it runs and replayed
+    when it is done; hanging up does not cancel it.
     """
     body = await read_json(request, GenerateRequest)
     answer = sse.MEDIA_TYPE if body.stream else preferred(request.headers.get("accept"), (JSON, sse.MEDIA_TYPE, _PNG))
     if answer == _PNG and body.format != "png":
         raise errors.Invalid(Fault(("body", "format"), f"Accept: {_PNG} gives png alone", body.format))
-    drawing = await _resolve(body, services, streamed=answer == sse.MEDIA_TYPE)
-    if answer == sse.MEDIA_TYPE:
-        return await _stream(drawing, services)
-    told = await unless_hung_up(request.receive, outcome(services.broker, drawing.job, drawing.deadline))
-    completed, drawn = _complete(told, drawing.asked.n)
-    if answer == _PNG:
-        sheet = images.grid(drawn)
-        content = await images.off_loop(sheet.size, images.encode, sheet, "png")
-        return Response(content, media_type=_PNG, headers={"Drawwell-Seed": str(drawing.asked.seed)})
-    encoded = await _encode(drawn, body.format)
-    whole = GenerateResponse(
-        **drawing.generation(completed).model_dump(),
-        images=[Image(b64_json=b64, seed=drawing.asked.seed, sample=k) for k, b64 in enumerate(encoded)],
-    )
-    return Response(whole.model_dump_json(), media_type=JSON)
-
-
-async def _resolve(body: GenerateRequest, services: Services, *, streamed: bool) -> Drawing:
-    """Check a request against its model and the limits, and fill in what it leaves open."""
+    later = _prefers_async(request)
     deadline = asyncio.get_running_loop().time() + (body.timeout or services.settings.request_timeout)
+    drawing, job = await _resolve(body, services, request, streamed=later or answer == sse.MEDIA_TYPE)
+    if later or job.key is not None:  # it may be that an earlier request's job stands for this one
+        job_id = await services.broker.submit(job)
+        drawing = Drawing.unpack((await services.broker.status(job_id)).job.about)
+        told_of = attend(services.broker, job_id)
+    else:
+        told_of = follow(services.broker, job)
+    if later:
+        accepted = JobResponse(id=job_id, model=job.model, status="queued")
+        headers = {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"}
+        return Response(accepted.model_dump_json(), 202, headers, JSON)
+    if answer == sse.MEDIA_TYPE:
+        return await _stream(drawing.events(told_of), deadline, services)
+    told = await unless_hung_up(request.receive, outcome(told_of, deadline))
+    if answer == _PNG:
+        sheet = images.grid(drawing.complete(told)[1])
+        content = await images.off_loop(sheet.size, images.encode, sheet, "png")
+        return Response(content, media_type=_PNG, headers={"Drawwell-Seed": str(drawing.seed)})
+    return Response((await drawing.whole(told)).model_dump_json(), media_type=JSON)
+
+
+def _prefers_async(request: Request) -> bool:
+    """Prefer: respond-async (RFC 7240, 4.1)."""
+    preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    return any(preference.partition(";")[0].strip() == "respond-async" for preference in preferences)
+
+
+async def _resolve(
+    body: GenerateRequest, services: Services, request: Request, *, streamed: bool
+) -> tuple[Drawing, Job]:
+    """Check a request against its model and the limits, and fill in what it leaves open."""
     _, version = await services.model(body.model)
     given = _given(body, _MODEL_FIELDS)
     faults = services.limits.faults(_given(body, _LIMITED_FIELDS), "this server")
@@ -140,69 +126,41 @@ async def _resolve(body: GenerateRequest, services: Services, *, streamed: bool)
     guided = guidance != 1 and (asked.label is not None or asked.prompt is not None)
     evaluations = version.spec.steps.network_evaluations_per_step * (2 if guided else 1)
     evaluations *= version.spec.evaluations.get(asked.solver or "", 1)
-    job = Job(
+    image = version.spec.image
+    drawing = Drawing(
         id=uuid.uuid4().hex,
+        model=body.model,
+        family=version.spec.family,
+        model_sha256=version.weights_sha256,
+        n=body.n,
+        steps=asked.steps,
+        seed=asked.seed,
+        width=image.width,
+        height=image.height,
+        channels=image.channels,
+        format=body.format,
+    )
+    job = Job(
+        id=drawing.id,
         model=body.model,
         payload=pack(asked),
         rows=body.n,
         units=body.n * asked.steps * evaluations,
         priority=body.priority,
         timeout=body.timeout or services.settings.request_timeout,
+        tenant=tenant(request),
+        key=idempotency_key(request),
+        digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
+        about=drawing.pack(),
     )
-    return Drawing(body, version, asked, job, deadline)
+    return drawing, job
 
 
 def _given(body: GenerateRequest, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(body, name)) is not None}
 
 
-def _complete(told: list[Told], n: int) -> tuple[Completed, list[Pixels]]:
-    """The images of a finished job in order. A worker that told fewer than it was asked for is a fault of ours."""
-    drawn = {message.sample: message.pixels for message in told if isinstance(message, ImageDone)}
-    completed = told[-1]
-    if not isinstance(completed, Completed) or drawn.keys() != set(range(n)):
-        raise RuntimeError(f"a job of {n} images ended with {sorted(drawn)} and {type(completed).__name__}")
-    return completed, [drawn[k] for k in range(n)]
-
-
-async def _stream(drawing: Drawing, services: Services) -> Response:
-    events = _events(drawing, services)
-    async with asyncio.timeout_at(drawing.deadline):
+async def _stream(events: AsyncGenerator[bytes], deadline: float, services: Services) -> Response:
+    async with asyncio.timeout_at(deadline):
         first = await anext(events)  # submits, before the answer begins: so a refusal has a status of its own
-    return sse.EventStream(first, events, drawing.deadline, services.settings.keep_alive_seconds)
-
-
-async def _events(drawing: Drawing, services: Services) -> AsyncGenerator[bytes]:
-    async with aclosing(follow(services.broker, drawing.job)) as told:
-        async for message in told:
-            if (event := await _event(message, drawing)) is not None:
-                yield event
-
-
-async def _event(message: Told, drawing: Drawing) -> bytes | None:
-    """The event that tells a message; None where there is none."""
-    format = drawing.request.format
-    match message:
-        case Queued(position=position):
-            return sse.event("queued", {"position": position})
-        case Progress(step=step, steps=steps, eta_seconds=eta, previews=previews):
-            data: dict[str, Any] = {"step": step, "steps": steps, "eta_seconds": eta}
-            if previews:
-                begun = iter(await _encode([pixels for pixels in previews if pixels is not None], format))
-                data["preview"] = [None if pixels is None else next(begun) for pixels in previews]
-            return sse.event("progress", data)
-        case ImageDone(sample=sample, pixels=pixels):
-            (b64,) = await _encode([pixels], format)
-            return sse.event("image", {"sample": sample, "b64_json": b64})
-        case Completed():
-            return sse.event("completed", drawing.generation(message))
-    return None
-
-
-async def _encode(drawn: Sequence[Pixels], format: Format) -> list[str]:
-    """Base64 of each image."""
-
-    def work() -> list[str]:
-        return [base64.b64encode(images.encode(pixels, format)).decode("ascii") for pixels in drawn]
-
-    return await images.off_loop(sum(pixels.size for pixels in drawn), work)
+    return sse.EventStream(first, events, deadline, services.settings.keep_alive_seconds)

@@ -16,9 +16,9 @@ from service.bodies import JSON, MULTIPART, media_type, read_form, read_json, re
 from service.broker import Job
 from service.catalog import Version
 from service.errors import Fault
-from service.jobs import Told, outcome, unless_hung_up
+from service.jobs import Told, follow, outcome, unless_hung_up
 from service.messages import Completed, Pixels, Scored, ScoreImages, pack
-from service.routes._services import Served, Services, problems
+from service.routes._services import Served, Services, problems, tenant
 from service.schemas import ImageShape, Likelihood, ScoreOptions, ScoreRequest, ScoreResponse, ScoreResult
 
 router = APIRouter(tags=["scores"])
@@ -69,8 +69,9 @@ async def score(request: Request, services: Served) -> Response:
         units=len(pixels) * likelihood.steps * likelihood.network_evaluations_per_step,
         priority=options.priority,
         timeout=timeout,
+        tenant=tenant(request),
     )
-    told = await unless_hung_up(request.receive, outcome(services.broker, job, deadline))
+    told = await unless_hung_up(request.receive, outcome(follow(services.broker, job), deadline))
     answer = _answer(options, version, likelihood, _complete(told, len(pixels)), resized)
     return Response(answer.model_dump_json(), media_type=JSON)
 
