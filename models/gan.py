@@ -1,29 +1,37 @@
-"""Generative adversarial network, class-conditional: a generator G draws an image in one pass, taught by a critic D.
+"""Generative adversarial network, told a class or a caption: a generator G draws an image in one pass, taught by a
+critic D.
 
-Two objectives, by `Config.objective`:
+Three objectives, by `Config.objective`:
 
-    hinge    E max(0, 1 − D(x)) + E max(0, 1 + D(G(z)))  against  −E D(G(z))         (arXiv 1802.05957, eq. 16 and 17)
-             with R1, γ/2 E |∇ₓ D(x)|² on real images                                 (arXiv 1801.04406, eq. 9)
-    wgan-gp  E D(G(z)) − E D(x)  against  −E D(G(z)), with λ E (|∇ D(x̂)| − 1)² on
-             lines between real and drawn images, `n_critic` critic updates per step  (arXiv 1704.00028, algorithm 1)
+    hinge     E max(0, 1 − D(x)) + E max(0, 1 + D(G(z)))  against  −E D(G(z))        (arXiv 1802.05957, eq. 16 and 17)
+    logistic  E log(1 + e^−D(x)) + E log(1 + e^D(G(z)))  against  E log(1 + e^−D(G(z)))           (1406.2661, §3)
+              both with R1, γ/2 E |∇ₓ D(x)|² on real images                                   (1801.04406, eq. 9)
+    wgan-gp   E D(G(z)) − E D(x)  against  −E D(G(z)), with λ E (|∇ D(x̂)| − 1)² on
+              lines between real and drawn images, `n_critic` critic updates per step      (1704.00028, algorithm 1)
 
-The class enters the critic by projection (arXiv 1802.05637, eq. 3) and the generator through conditional normalisation,
-whose gains and biases are a linear map of (z, class embedding). Options: spectral norm on every layer of the critic
-(arXiv 1802.05957), one self-attention layer in each network (arXiv 1805.08318).
+Two generators, by `Config.generator`: "residual", whose conditional normalisation takes gains and biases from a linear
+map of (z, class embedding), and "style" (`models._style`), which data with captions need.
+
+What an image is to show enters the critic by projection (1802.05637, eq. 3). Captions are taught in two further ways: a
+real image with a wrong caption counts as drawn (1605.05396, algorithm 1), and both networks gain by images whose
+features tell their caption among others (2101.04702, §4.1; `models._text`). Options: spectral norm on every layer of
+the critic (1802.05957), one self-attention layer in each network of the residual kind (1805.08318).
 
 What differs from the papers: layer norm where they have batch norm, so an image never depends on its batch mates; the
 penalty is taken every `penalty_every` steps at so many times its weight (arXiv 1912.04958, section 3.1), so the paper's
 WGAN-GP has `penalty_every = 1`.
 
     symbol      variable            meaning
-    z           z                   latent code, (B, latent), standard normal; scaled by the request's temperature
-    y           labels              class
+    z           z                   latent code, (B, latent), standard normal
+    y           condition           class (B,), or the tokens of a caption (B, L)
     φ           features            the critic's features, (B, channels)
-    ψ, e_y      output, classes     its linear reading and its class embedding:  D(x, y) = ψ(φ(x)) + ⟨e_y, φ(x)⟩
+    ψ, e_y      output, embed       its linear reading and its embedding of y:  D(x, y) = ψ(φ(x)) + ⟨e_y, φ(x)⟩
     γ, λ        penalty             weight of R1, of the gradient penalty
 
-Temperature is truncation by scaling: z is drawn and multiplied by it, so at 0 every seed gives the class's one central
-image. A request without a label draws its label from its own noise, uniformly: the mixture over classes.
+Temperature is truncation, of z by scaling it or of the style (`models._style`). At 0 every seed gives one central image
+of what was asked, but for the noise of a style generator's layers. A request without a label draws its label from its
+own noise, uniformly: the mixture over classes. A request without a caption is drawn by a generator that has seen
+captions hidden.
 
 Shapes: B rows, C channels, (H, W) image; images lie in [−1, 1] between the two networks.
 """
@@ -31,26 +39,31 @@ Shapes: B rows, C channels, (H, W) image; images lie in [−1, 1] between the tw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
-from models import _protocol, _random
+from models import _protocol, _random, _text
+from models._adversarial import gradient_penalty, hinge_loss, logistic_loss, r1_penalty, wasserstein_loss
+from models._captions import PADDING, Captions
 from models._protocol import Batch, Draw, ImageSpace, Range, Rows, Spec, Steps
+from models._style import StyleGenerator
+from models._text import TextEncoder
 
-_LATENT, _LABEL = 0, 1  # draws of a row's noise at tick 0
+OBJECTIVES = {"hinge": hinge_loss, "logistic": logistic_loss, "wgan-gp": wasserstein_loss}
+_LATENT, _LABEL, _NOISE = 0, 1, 2  # draws of a row's noise at tick 0; of noise, one for every layer from there
 
 
 @dataclass(frozen=True)
 class Config:
     """Widths and depths are per resolution, finest first; each further one halves height and width."""
 
-    objective: str = "hinge"  # "hinge" (with R1) or "wgan-gp"
+    objective: str = "hinge"  # "hinge" or "logistic" (with R1), or "wgan-gp"
     latent: int = 64
     embedding: int = 32  # of the class, beside z
     generator_channels: tuple[int, ...] = (16, 64, 96)
@@ -59,16 +72,33 @@ class Config:
     attention: int = 0  # height of the feature map that a self-attention layer looks at; 0: none
     spectral_norm: bool = False
     n_critic: int = 1  # critic updates per generator update, on disjoint parts of the batch
-    penalty: float = 0.3  # γ of R1 ("hinge"), λ of the gradient penalty ("wgan-gp")
+    penalty: float = 0.3  # γ of R1, λ of the gradient penalty ("wgan-gp")
     penalty_every: int = 8  # steps
+    generator: str = "residual"  # or "style", which `blocks` and `attention` do not shape
+    mapping_layers: int = 2  # of the style generator
+    # What follows is for captions.
+    vocabulary: int = 320  # tokens
+    caption_length: int = 16  # tokens of a caption that are read
+    text_width: int = 64  # of each network's own text encoder, and its number of layers
+    text_layers: int = 2
+    caption_dropout: float = 0.1  # how often training hides the caption
+    contrast: float = 1.0  # weight of telling a caption among others, beside the adversarial losses
 
     def check(self, space: ImageSpace) -> None:
         """Raises `ValueError` naming the field, its value and what would be right."""
-        if space.captions:
-            raise ValueError("captions: True; this family takes labels or nothing")
-        if self.objective not in ("hinge", "wgan-gp"):
-            raise ValueError(f'objective: "{self.objective}"; "hinge" or "wgan-gp"')
-        for name in ("latent", "embedding", "n_critic", "penalty_every"):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f'objective: "{self.objective}"; one of {", ".join(OBJECTIVES)}')
+        if self.generator not in ("residual", "style"):
+            raise ValueError(f'generator: "{self.generator}"; "residual" or "style"')
+        if space.captions and self.generator != "style":
+            raise ValueError(f'generator: "{self.generator}"; for images with captions, "style"')
+        if self.text_width < 1 or self.text_width % _text.HEADS:
+            raise ValueError(f"text_width: {self.text_width}; a positive multiple of {_text.HEADS}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout: {self.caption_dropout} is not in [0, 1]")
+        if self.contrast < 0:
+            raise ValueError(f"contrast: {self.contrast}; not negative")
+        for name in ("latent", "embedding", "n_critic", "penalty_every", "mapping_layers", "text_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; at least 1")
         if self.penalty < 0:
@@ -181,6 +211,8 @@ class CriticBlock(nn.Module):
 class Generator(nn.Module):
     """(z, y) -> image in [−1, 1], from the coarsest resolution up: a convolution and a pixel shuffle double it."""
 
+    noise_shapes: Sequence[tuple[int, ...]] = ()  # it adds none
+
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
         widths, levels = config.generator_channels, len(config.generator_channels)
@@ -202,8 +234,11 @@ class Generator(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        """z (B, latent), labels (B,) all given where there are classes -> (B, C, H, W)."""
+    def forward(
+        self, z: Tensor, labels: Tensor, noise: Sequence[Tensor] = (), temperature: Tensor | None = None
+    ) -> Tensor:
+        """z (B, latent), labels (B,) all given where there are classes, temperature (B,) -> (B, C, H, W)."""
+        z = z if temperature is None else z * temperature[:, None]
         code = z if self.embedding is None else torch.cat([z, self.embedding(labels)], dim=1)
         h = self.start(code).view(-1, *self.start_shape).contiguous(memory_format=torch.channels_last)
         for i, stage in enumerate(self.stages):
@@ -212,7 +247,7 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """(image in [−1, 1], y) -> logit (B,). A label of −1 reads the image alone: no projection."""
+    """(image in [−1, 1], y) -> logit (B,). Without a label or a caption it reads the image alone: no projection."""
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
@@ -226,7 +261,8 @@ class Critic(nn.Module):
                 layers.append(SelfAttention(widths[level]))
         self.layers = nn.Sequential(*layers, nn.LeakyReLU(0.2))
         size = (space.height >> (levels - 1), space.width >> (levels - 1))
-        self.pool = nn.Conv2d(widths[-1], widths[-1], size, groups=widths[-1])  # a weighted sum over positions
+        # A weighted sum over positions; what is where and how often, as captions say, takes a sum over channels too.
+        self.pool = nn.Conv2d(widths[-1], widths[-1], size, groups=1 if space.captions else widths[-1])
         self.mix = nn.Linear(widths[-1], widths[-1])
         self.output = nn.Linear(widths[-1], 1)
         self.classes = nn.Embedding(space.classes, widths[-1]) if space.classes else None
@@ -235,6 +271,12 @@ class Critic(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, a=0.2, nonlinearity="leaky_relu")
         if self.classes is not None:
             nn.init.normal_(self.classes.weight, std=widths[-1] ** -0.5)
+        self.text = (
+            TextEncoder(config.vocabulary, config.caption_length, config.text_width, config.text_layers)
+            if space.captions
+            else None
+        )
+        self.project = nn.Linear(config.text_width, widths[-1], bias=False) if space.captions else None
         if config.spectral_norm:
             for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)]:
                 spectral_norm(layer)
@@ -244,48 +286,22 @@ class Critic(nn.Module):
         h = self.pool(self.layers(x.contiguous(memory_format=torch.channels_last)))
         return F.leaky_relu(self.mix(F.leaky_relu(h.flatten(1), 0.2)), 0.2)
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        features = self.features(x)
-        logit: Tensor = self.output(features)[:, 0]
+    def embed(self, condition: Tensor) -> Tensor | None:
+        """e_y (B, channels) of labels (B,) or ids (B, L), zero where there is none; None where there never is one."""
+        embedded: Tensor | None = None
         if self.classes is not None:
-            projection = (self.classes(labels.clamp(min=0)) * features).sum(dim=1)
-            logit = logit + projection * (labels >= 0)
-        return logit
+            embedded = self.classes(condition.clamp(min=0)) * (condition >= 0)[:, None]
+        if self.text is not None and self.project is not None:
+            embedded = self.project(self.text(condition).sentence) * _text.given(condition)[:, None]
+        return embedded
 
+    def judge(self, features: Tensor, embedded: Tensor | None) -> Tensor:
+        """ψ(φ) + ⟨e_y, φ⟩, (B,)"""
+        logit: Tensor = self.output(features)[:, 0]
+        return logit if embedded is None else logit + (embedded * features).sum(dim=1)
 
-# ---------------------------------------------------------------------------------------------------------- objectives
-
-CriticFunction = Callable[[Tensor, Tensor], Tensor]  # (x, labels) -> logits (B,)
-
-
-def gradient_norm_squared(critic: CriticFunction, x: Tensor, labels: Tensor) -> Tensor:
-    """(B,) |∇ₓ D(x, y)|², itself differentiable; in the precision of x and the weights, whatever the autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(critic(x, labels).sum(), x, create_graph=True)
-        return gradient.square().sum(dim=(1, 2, 3))
-
-
-def r1_penalty(critic: CriticFunction, real: Tensor, labels: Tensor) -> Tensor:
-    """R1: ½ E |∇ₓ D(x)|² over real images (arXiv 1801.04406, eq. 9, without γ)."""
-    return gradient_norm_squared(critic, real, labels).mean() / 2
-
-
-def gradient_penalty(critic: CriticFunction, real: Tensor, fake: Tensor, labels: Tensor) -> Tensor:
-    """E (|∇ D(x̂)| − 1)², x̂ uniform between a real and a drawn image (arXiv 1704.00028, eq. 3, without λ)."""
-    epsilon = torch.rand(real.shape[0], 1, 1, 1, device=real.device)
-    norm = gradient_norm_squared(critic, torch.lerp(fake, real, epsilon), labels).clamp(min=1e-12).sqrt()
-    return (norm - 1).square().mean()
-
-
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The critic's hinge loss on its logits (arXiv 1802.05957, eq. 16)."""
-    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-def wasserstein_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The critic's estimate of the Wasserstein-1 distance, negated (arXiv 1704.00028, eq. 2)."""
-    return fake.mean() - real.mean()
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.judge(self.features(x), self.embed(condition))
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -293,8 +309,11 @@ def wasserstein_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 @dataclass
 class GanRows(Rows):
-    z: Tensor  # (B, latent), scaled by the temperature
-    labels: Tensor  # (B,), drawn where none was asked for; 0 where the model has no classes
+    seed: Tensor  # (B,)
+    sample: Tensor  # (B,)
+    z: Tensor  # (B, latent)
+    condition: Tensor  # (B,) labels, drawn where none was asked for, 0 where there are no classes; or (B, L) captions
+    temperature: Tensor  # (B,)
     x: Tensor  # (B, C, H, W) in [0, 1]; mid-grey until the pass
 
 
@@ -306,10 +325,16 @@ class Model(_protocol.Model):
         config.check(space)
         self.config = config
         self.spec = Spec(family="gan", image=space, steps=Steps(unit="pass"), temperature=Range(0.0, 1.0, 1.5))
-        self.generator = Generator(config, space)
+        self.captions = Captions(config.vocabulary, config.caption_length) if space.captions else None
+        self.generator = Generator(config, space) if config.generator == "residual" else _style_generator(config, space)
         self.critic = Critic(config, space)
 
     # Training
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """The captions' vocabulary."""
+        if self.captions is not None:
+            self.captions.learn(caption for batch in batches for caption in batch.captions)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return {"critic": list(self.critic.parameters()), "generator": list(self.generator.parameters())}
@@ -318,35 +343,73 @@ class Model(_protocol.Model):
         """`n_critic` critic losses, each on its part of the batch, then the generator's under the updated critic."""
         due = self.config.penalty > 0 and (batch.step + 1) % self.config.penalty_every == 0
         weight = self.config.penalty * self.config.penalty_every
-        parts = zip(batch.x.chunk(self.config.n_critic), batch.labels.chunk(self.config.n_critic), strict=True)
-        for x, labels in parts:
+        asked = self._asked(batch)
+        parts = zip(batch.x.chunk(self.config.n_critic), asked.chunk(self.config.n_critic), strict=True)
+        for x, condition in parts:
             real = 2 * x - 1
             with torch.no_grad():
-                fake = self._draw(labels).float()
-            logits_real, logits_fake = self.critic(torch.cat([real, fake]), labels.repeat(2)).float().chunk(2)
-            metrics = {"critic gap": (logits_real.mean() - logits_fake.mean()).detach()}
-            if self.config.objective == "hinge":
-                loss = hinge_loss(logits_real, logits_fake)
-                penalty = r1_penalty(self.critic, real, labels) if due else None
-            else:
-                loss = wasserstein_loss(logits_real, logits_fake)
-                penalty = gradient_penalty(self.critic, real, fake, labels) if due else None
-            if penalty is not None:
+                fake = self._draw(condition).float()
+            loss, metrics = self._critic_loss(real, fake, condition)
+            if due and self.config.objective == "wgan-gp":
+                penalty = gradient_penalty(self.critic, real, fake, condition)
+            elif due:
+                penalty = r1_penalty(self.critic, real, condition)
+            if due:
                 loss = loss + weight * penalty
                 metrics["critic penalty"] = penalty.detach()
             yield "critic", loss, metrics
 
-        # The critic's weights are constants here: the generator's loss leaves no gradient on them.
-        constants = {name: p.detach() for name, p in self.critic.named_parameters()}
-        logits = functional_call(self.critic, constants, (self._draw(batch.labels), batch.labels))
-        yield "generator", -logits.float().mean(), {}
+        with _constant(self.critic):
+            loss, metrics = self._generator_loss(asked)
+        yield "generator", loss, metrics
 
-    def _draw(self, labels: Tensor) -> Tensor:
-        """Images in [−1, 1] for the labels of a batch, from torch's global generator."""
-        z = torch.randn(labels.shape[0], self.config.latent, device=labels.device)
+    def _critic_loss(self, real: Tensor, fake: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        critic, loss_of = self.critic, OBJECTIVES[self.config.objective]
+        features, embedded = critic.features(torch.cat([real, fake])), critic.embed(condition)
+        features_real, features_fake = features.chunk(2)
+        logits_real, logits_fake = (critic.judge(f, embedded).float() for f in (features_real, features_fake))
+        loss = loss_of(logits_real, logits_fake)
+        metrics = {"critic gap": (logits_real.mean() - logits_fake.mean()).detach()}
+        if embedded is not None and self.captions is not None:
+            wrong, is_wrong = _text.wrong_captions(condition)
+            embedded_wrong = critic.embed(wrong)
+            assert embedded_wrong is not None
+            logits_wrong = critic.judge(features_real, embedded_wrong).float()
+            loss = (loss + loss_of(logits_real, torch.where(is_wrong, logits_wrong, logits_fake))) / 2
+            contrast = _text.contrast(features_real, embedded, condition, embedded_wrong, is_wrong)
+            loss = loss + self.config.contrast * contrast
+            metrics |= {"critic contrast": contrast.detach()}
+        return loss, metrics
+
+    def _generator_loss(self, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        critic = self.critic
+        features, embedded = critic.features(self._draw(condition)), critic.embed(condition)
+        logits = critic.judge(features, embedded).float()
+        loss = F.softplus(-logits).mean() if self.config.objective == "logistic" else -logits.mean()
+        if embedded is None or self.captions is None:
+            return loss, {}
+        wrong, is_wrong = _text.wrong_captions(condition)
+        embedded_wrong = critic.embed(wrong)
+        assert embedded_wrong is not None
+        contrast = _text.contrast(features, embedded, condition, embedded_wrong, is_wrong)
+        return loss + self.config.contrast * contrast, {"generator contrast": contrast.detach()}
+
+    def _asked(self, batch: Batch) -> Tensor:
+        """What the critic is told of a batch: labels (B,), or ids of captions (B, L), now and then hidden."""
+        if self.captions is None:
+            return batch.labels
+        ids = self.captions.encode(batch.captions or [None] * len(batch.x))
+        hidden = torch.rand(len(ids), 1, device=ids.device) < self.config.caption_dropout
+        return ids.masked_fill(hidden, PADDING)
+
+    def _draw(self, condition: Tensor) -> Tensor:
+        """Images in [−1, 1] for what a batch is told, from torch's global generator."""
+        b, device = len(condition), condition.device
+        z = torch.randn(b, self.config.latent, device=device)
         if self.spec.image.classes:
-            labels = torch.where(labels < 0, torch.randint_like(labels, self.spec.image.classes), labels)
-        images: Tensor = self.generator(z, labels)
+            condition = torch.where(condition < 0, torch.randint_like(condition, self.spec.image.classes), condition)
+        noise = [torch.randn(b, *shape, device=device) for shape in self.generator.noise_shapes]
+        images: Tensor = self.generator(z, condition, noise)
         return images
 
     # Sampling
@@ -355,22 +418,55 @@ class Model(_protocol.Model):
         device, b = self.device, len(draws)
         seed = _random.seed_bits([d.seed for d in draws], device)
         sample = torch.tensor([d.sample for d in draws], dtype=torch.int64, device=device)
-        temperature = torch.tensor([d.temperature for d in draws], dtype=torch.float32, device=device)
-        labels = torch.tensor([d.label for d in draws], dtype=torch.int64, device=device)
-        word = _random.words(seed, sample, 0, _LABEL, 1)[:, 0]
-        drawn = (word * self.spec.image.classes) >> 32  # uniform over the classes: a word has 32 bits
+        if self.captions is not None:
+            condition = self.captions.encode([d.prompt for d in draws])
+        else:
+            labels = torch.tensor([d.label for d in draws], dtype=torch.int64, device=device)
+            word = _random.words(seed, sample, 0, _LABEL, 1)[:, 0]
+            drawn = (word * self.spec.image.classes) >> 32  # uniform over the classes: a word has 32 bits
+            condition = torch.where(labels < 0, drawn, labels)
         return GanRows(
             tick=torch.zeros(b, dtype=torch.int64, device=device),
             left=torch.ones(b, dtype=torch.int64, device=device),
-            z=_random.normal(seed, sample, 0, _LATENT, (self.config.latent,)) * temperature[:, None],
-            labels=torch.where(labels < 0, drawn, labels),
+            seed=seed,
+            sample=sample,
+            z=_random.normal(seed, sample, 0, _LATENT, (self.config.latent,)),
+            condition=condition,
+            temperature=torch.tensor([d.temperature for d in draws], dtype=torch.float32, device=device),
             x=torch.full((b, *self.spec.image.shape), 0.5, device=device),
         )
 
     def step(self, rows: GanRows) -> GanRows:
-        rows.x = (self.generator(rows.z, rows.labels) + 1) / 2
+        noise = [
+            _random.normal(rows.seed, rows.sample, 0, _NOISE + i, shape)
+            for i, shape in enumerate(self.generator.noise_shapes)
+        ]
+        rows.x = (self.generator(rows.z, rows.condition, noise, rows.temperature) + 1) / 2
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
 
     def image(self, rows: GanRows) -> Tensor:
         return rows.x
+
+
+def _style_generator(config: Config, space: ImageSpace) -> StyleGenerator:
+    told: nn.Embedding | TextEncoder | None = None
+    if space.captions:
+        told = TextEncoder(config.vocabulary, config.caption_length, config.text_width, config.text_layers)
+    elif space.classes:
+        told = nn.Embedding(space.classes, config.embedding)
+    channels, latent = config.generator_channels, config.latent
+    return StyleGenerator(space.shape, channels, latent, latent, config.mapping_layers, told)
+
+
+@contextmanager
+def _constant(module: nn.Module) -> Iterator[None]:
+    """The module's weights are constants here: what is computed with them leaves no gradient on them."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)

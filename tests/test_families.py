@@ -31,6 +31,8 @@ CAPTIONS = ("a red circle", "two blue squares", "a small green triangle above a 
 # Case -> a configuration that runs in milliseconds, and the images it is for. A case is a family, or one of several
 # models that a family's Config chooses between: "vae", "vae:hierarchical".
 TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
+    "bayesnet": ({"bins": 4, "by_class": True}, LABELLED),
+    "bayesnet:naive": ({"tree": False, "by_class": True}, LABELLED),
     "boltzmann": ({"hidden": (12,), "chains": 6, "particles": 4, "temperatures": 5}, LABELLED),
     "boltzmann:deep": ({"hidden": (12, 8), "chains": 6, "particles": 4, "temperatures": 5}, LABELLED),
     "dalle": (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from models import _rows, gan
+from models._adversarial import CriticFunction, gradient_norm_squared
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
 
 SPACE = ImageSpace(8, 8, 1, ("ankle boot", "bag", "coat"))
@@ -21,6 +22,7 @@ SHAPES = [
     pytest.param(dataclasses.replace(TINY, attention=4, spectral_norm=True), SPACE, id="attention and spectral norm"),
     pytest.param(dataclasses.replace(TINY, attention=8, objective="wgan-gp", n_critic=3), SPACE, id="wgan-gp"),
     pytest.param(TINY, ImageSpace(12, 8, 3), id="colour without labels, wider than high"),
+    pytest.param(dataclasses.replace(TINY, generator="style", objective="logistic"), SPACE, id="style"),
 ]
 
 
@@ -39,7 +41,7 @@ def draw(m: gan.Model, *draws: Draw) -> Tensor:
     return m.image(m.step(m.init(draws)))
 
 
-def linear_critic(w: Tensor) -> gan.CriticFunction:
+def linear_critic(w: Tensor) -> CriticFunction:
     return lambda x, labels: x.flatten(1) @ w
 
 
@@ -53,7 +55,7 @@ def test_penalties_of_a_linear_critic(norm: float) -> None:
     w = w / w.norm() * norm
     real, fake, labels = torch.randn(5, 3, 2, 2), torch.randn(5, 3, 2, 2), torch.zeros(5, dtype=torch.int64)
     critic = linear_critic(w)
-    assert gan.gradient_norm_squared(critic, real, labels) == pytest.approx([norm**2] * 5, rel=1e-5)
+    assert gradient_norm_squared(critic, real, labels) == pytest.approx([norm**2] * 5, rel=1e-5)
     assert gan.r1_penalty(critic, real, labels).item() == pytest.approx(norm**2 / 2, rel=1e-5)
     assert gan.gradient_penalty(critic, real, fake, labels).item() == pytest.approx((norm - 1) ** 2, abs=1e-6)
 
@@ -140,6 +142,14 @@ def test_penalty_gradient_is_that_of_finite_differences(attention: int) -> None:
 )
 def test_hinge_loss_by_hand(real: list[float], fake: list[float], loss: float) -> None:
     assert gan.hinge_loss(torch.tensor(real), torch.tensor(fake)).item() == pytest.approx(loss)
+
+
+def test_logistic_loss_by_hand() -> None:
+    """log 2 for each undecided logit; log(1 + e^−x) is nothing far on the right side, and −x far on the wrong one."""
+    none, far = torch.zeros(3), torch.full((3,), 40.0)
+    assert gan.logistic_loss(none, none).item() == pytest.approx(2 * math.log(2))
+    assert gan.logistic_loss(far, -far).item() == pytest.approx(0, abs=1e-6)
+    assert gan.logistic_loss(-far, far).item() == pytest.approx(80)
 
 
 @given(shift=st.floats(-5, 5), gap=st.floats(-5, 5))
@@ -235,7 +245,7 @@ def test_the_penalty_is_lazy_and_keeps_its_mean_weight() -> None:
 def test_critic_updates_see_disjoint_parts_of_the_batch() -> None:
     m = model(dataclasses.replace(TINY, objective="wgan-gp", n_critic=3))
     seen: list[Tensor] = []
-    m.critic.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    m.critic.layers.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     b = batch(n=6)
     list(m.objective(b))  # a step without a penalty: one forward pass each
     real = torch.cat([x[: x.shape[0] // 2] for x in seen[:3]])
@@ -364,7 +374,9 @@ def test_temperature_zero_is_one_image_per_class() -> None:
 def test_temperature_scales_the_code() -> None:
     m = model()
     rows = m.init([Draw(seed=4, sample=0, steps=1, label=0, temperature=t) for t in (1.0, 0.5)])
-    torch.testing.assert_close(rows.z[1], rows.z[0] / 2)
+    assert torch.equal(rows.z[0], rows.z[1])
+    halved = m.generator(rows.z[1:] / 2, rows.condition[1:])
+    torch.testing.assert_close(m.image(m.step(rows))[1:], (halved + 1) / 2)
     many = m.init([Draw(seed=s, sample=0, steps=1, label=0) for s in range(3000)]).z
     assert many.mean().abs() < 0.03
     assert many.std().item() == pytest.approx(1, abs=0.03)
@@ -374,14 +386,14 @@ def test_unlabelled_draws_a_class_of_its_own_uniformly() -> None:
     m = model().eval()
     n = 3000
     rows = m.init([Draw(seed=5, sample=i, steps=1) for i in range(n)])
-    counts = torch.bincount(rows.labels, minlength=3)
+    counts = torch.bincount(rows.condition, minlength=3)
     assert len(counts) == 3
     deviation = math.sqrt(n * (1 / 3) * (2 / 3))
     assert ((counts - n / 3).abs() < 4 * deviation).all()
     again = m.init([Draw(seed=5, sample=i, steps=1) for i in (7, 3)])
-    assert again.labels.tolist() == rows.labels[[7, 3]].tolist()
+    assert again.condition.tolist() == rows.condition[[7, 3]].tolist()
     # The label drawn is what the image shows: asking for it by name gives the same image.
-    named = draw(m, *(Draw(seed=5, sample=i, steps=1, label=int(rows.labels[i])) for i in range(6)))
+    named = draw(m, *(Draw(seed=5, sample=i, steps=1, label=int(rows.condition[i])) for i in range(6)))
     torch.testing.assert_close(draw(m, *(Draw(seed=5, sample=i, steps=1) for i in range(6))), named, rtol=0, atol=0)
 
 
@@ -409,6 +421,12 @@ def test_a_training_batch_may_lack_labels() -> None:
         ({"blocks": (1,)}, "blocks"),
         ({"blocks": (-1, 0)}, "blocks"),
         ({"attention": 5}, "attention"),
+        ({"generator": "stylish"}, "generator"),
+        ({"mapping_layers": 0}, "mapping_layers"),
+        ({"text_width": 6}, "text_width"),
+        ({"text_layers": 0}, "text_layers"),
+        ({"caption_dropout": 1.5}, "caption_dropout"),
+        ({"contrast": -1.0}, "contrast"),
         ({"generator_channels": (4,) * 5, "critic_channels": (4,) * 5, "blocks": (0,) * 5}, "generator_channels"),
     ],
 )
@@ -417,8 +435,8 @@ def test_a_wrong_config_is_refused_by_name(change: dict[str, object], names: str
         gan.Model(dataclasses.replace(TINY, **change), SPACE)
 
 
-def test_captions_are_refused() -> None:
-    with pytest.raises(ValueError, match="captions"):
+def test_captions_need_the_style_generator() -> None:
+    with pytest.raises(ValueError, match='generator: "residual"'):
         gan.Model(TINY, ImageSpace(8, 8, 1, captions=True))
 
 
