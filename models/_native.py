@@ -1,7 +1,7 @@
 """C beside a family's file, compiled once on the machine that runs it, for steps too small for tensor operations.
 
 A step of a thousand tiny products spends its time on calling them. Such a step may stand in C, over the tensors' own
-memory (`models/_pixelcnn.c`), beside the same step in tensor operations, which is what a machine without a C compiler
+memory (`models/_pixelcnn.c`, `_transformer.c`), beside the same step in tensor operations, which is what a machine without a C compiler
 takes, and what the C is tested against.
 
 The compiler is `cc`, or what CC says, and takes a second; what it made is kept in DRAWWELL_NATIVE_CACHE (by default
@@ -53,7 +53,7 @@ def library(name: str) -> ctypes.CDLL | None:
 
 def _compiled(source: Path, compiler: Sequence[str]) -> Path:
     """The shared library, made where it is not there yet. Raises `OSError` and `subprocess.SubprocessError`."""
-    content = source.read_bytes()
+    content = b"\0".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("_*.h"))))
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=COMPILE_SECONDS).stdout
     made_of = (content, version, " ".join((*compiler, *FLAGS)).encode(), _processor().encode())
     digest = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in made_of)).hexdigest()

@@ -1,7 +1,8 @@
 """A causal transformer, for whatever is drawn token by token (arXiv 1706.03762; pre-norm, arXiv 2002.04745).
 
 `Transformer.forward` takes all tokens of a sequence at once, as training and scoring do; `step` takes every row one
-token on from wherever it stands, with what is worth keeping of the tokens before it in a cache.
+token on from wherever it stands, with what is worth keeping of the tokens before it in a cache. On a CPU with a C
+compiler a step is `_transformer.c`'s, else it is taken in the tensor operations that stand here.
 
 A layer's pattern says how far back it looks, and in which strides (Sparse Transformers, arXiv 1904.10509): position p
 attends to p, p − stride, p − 2·stride, ...: `reach` positions at most. All of a sequence is reach = length; a few
@@ -18,6 +19,7 @@ them, which `prefill` takes all at once.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models import _native
 
 # A step reads a cache as far as the row that has come furthest needs it, in blocks of so many positions that are summed
 # up one after the other: what lies beyond a row's own position adds exact zeros, and its floats do not depend on how
@@ -85,17 +89,41 @@ class Transformer(nn.Module):
         out: Tensor = self.norm(h)
         return out
 
+    @torch.no_grad()
     def step(self, h: Tensor, cache: Cache, position: Tensor) -> Tensor:
-        """The next token of each row: h (B, D), position (B,) of it -> (B, D). Writes into the cache.
+        """The next token of each row: h (B, D), position (B,) of it -> (B, D), no gradients. Writes into the cache.
 
         Taking the same step again gives the same result: it writes nothing but what belongs to its own positions.
         """
+        native = _native.library("transformer")
+        if native is not None and self._can_step_in_c(h, cache):
+            return self._step_in_c(native, h, cache, position.contiguous())
         stand = {
             pattern: Stand.of(pattern, position) for pattern in {layer.attention.pattern for layer in self._layers}
         }
         for layer, part in zip(self._layers, cache, strict=True):
             h = layer.step(h, part, stand[layer.attention.pattern])
         out: Tensor = self.norm(h)
+        return out
+
+    def _can_step_in_c(self, h: Tensor, cache: Cache) -> bool:
+        in_float32 = h.dtype == self.norm.weight.dtype == torch.float32
+        return in_float32 and _native.usable(self.norm.weight, *cache)
+
+    def _step_in_c(self, native: ctypes.CDLL, h: Tensor, cache: Cache, position: Tensor) -> Tensor:
+        """What follows in `step`, in `_transformer.c`."""
+        out, layers = h.clone(memory_format=torch.contiguous_format), self._layers
+        numbers = [n for layer, part in zip(layers, cache, strict=True) for n in layer.in_c(part)]
+        shape = (len(h), self.width, layers[0].attention.heads, layers[0].up.shape[1], len(layers))
+        failed = native.step(
+            (ctypes.c_int64 * len(shape))(*shape),
+            (ctypes.c_int64 * len(numbers))(*numbers),
+            _native.addresses(self.norm.weight, self.norm.bias),
+            ctypes.c_void_p(position.data_ptr()),
+            ctypes.c_void_p(out.data_ptr()),
+        )
+        if failed:
+            raise MemoryError("no memory for a step")
         return out
 
 
@@ -121,6 +149,13 @@ class Layer(nn.Module):
 
     def step(self, h: Tensor, cache: Tensor, stand: Stand) -> Tensor:
         return self._perceptron(h + self.attention.step(self.norm1(h), cache, stand))
+
+    def in_c(self, cache: Tensor) -> list[int]:
+        """The struct Layer of `_transformer.c`: where weights and its part of a cache lie, and its pattern."""
+        a = self.attention
+        weights = (self.norm1.weight, self.norm1.bias, a.qkv, a.bias, a.out, self.norm2.weight, self.norm2.bias)
+        tensors = (*weights, self.up, self.down, cache)
+        return [*(tensor.data_ptr() for tensor in tensors), *a.pattern, cache.shape[4]]
 
     def _perceptron(self, h: Tensor) -> Tensor:
         out: Tensor = h + F.gelu(self.norm2(h) @ self.up) @ self.down

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import _transformer
+from models import _native, _transformer
 from models._transformer import Cache, Pattern, Transformer
 
 LENGTH = 23  # blocks are made smaller than that
@@ -23,10 +23,16 @@ PATTERNS = {
 patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["C", "tensor operations"])
+def way_to_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything holds of both; in small blocks."""
     monkeypatch.setattr(_transformer, "QUERIES", 4)
     monkeypatch.setattr(_transformer, "BLOCK", 16)
+    if request.param == "tensor operations":
+        monkeypatch.setattr(_native, "library", lambda name: None)
+    elif _native.library("transformer") is None:
+        pytest.skip("no C compiler on this machine")
+    return str(request.param)
 
 
 def build(pattern: list[Pattern | int], length: int = LENGTH, width: int = 16) -> Transformer:
@@ -121,6 +127,23 @@ def test_how_far_others_have_come_does_not_change_a_bit() -> None:
             part[3] = end[3]
         position = torch.tensor([i, i, i, length - 1])
         assert torch.equal(network.step(h[range(4), position], beside, position)[:3], alone[:3])
+
+
+@torch.inference_mode()
+def test_in_c_a_row_is_the_same_bits_in_a_batch_of_any_size(way_to_step: str) -> None:
+    if way_to_step != "C":
+        pytest.skip("matrix libraries sum up otherwise for other numbers of rows")
+    network, h = build(PATTERNS["several"], width=24), torch.randn(9, LENGTH, 24)
+    expected = stepped(network, h)
+    for size in range(1, 9):
+        assert torch.equal(stepped(network, h[:size]), expected[:size]), size
+
+
+def test_c_steps_in_float32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, h = build([5]), torch.randn(2, 3, 16)
+    single = stepped(network, h)
+    monkeypatch.setattr(Transformer, "_step_in_c", None)
+    torch.testing.assert_close(stepped(network.double(), h.double()).float(), single, rtol=1e-5, atol=1e-5)
 
 
 def test_a_reach_is_cut_to_the_sequence() -> None:
