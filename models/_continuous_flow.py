@@ -32,6 +32,7 @@ from models._solvers import RK4
 
 CONVERGED = 0.02  # bits/dim that half the steps may change a likelihood by
 HALF_BIN = 1 / 255  # of an 8-bit level on the scale [−1, 1]
+LAST_NOISE = 0.6 * HALF_BIN  # at s = 1: less would lose pixels that no model is sure of, more those that it is sure of
 DEQUANTISATION, PROBE = 0, 1  # draws of a score's noise
 MAX_GUIDANCE = 10.0
 
@@ -73,14 +74,17 @@ def views(x: Tensor, alpha: Tensor, sigma: Tensor, periods: Sequence[float]) -> 
 def dequantised(x: Tensor, seed: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
     """z = α x̄ + σ n and log q(z | x) (B,) in nats, for images x on the grid k / 255 and x̄ = 2 x − 1.
 
-    n is normal, but cut off where z / α would leave the bin of the pixel's level ("truncated normal dequantisation",
-    arXiv 2305.03935, §4.2): so log P(x) ≥ E[log p(z) − log q(z | x)], where p was learnt from images under noise.
+    n is normal, but cut off where z / α would leave the bin of the pixel's level, the outermost of which are open
+    ("truncated normal dequantisation", arXiv 2305.03935): so log P(x) ≥ E[log p(z) − log q(z | x)] for the p of images
+    under noise. With `LAST_NOISE` that loses 0.10 bits of a pixel where p is flat; of one that p is sure of 0.14, or
+    0.07 where it is black or white.
     """
-    furthest = alpha * HALF_BIN / sigma
-    inside = math.erf(furthest / math.sqrt(2))
+    furthest = torch.full_like(x, alpha * HALF_BIN / sigma, dtype=torch.float64)
+    lowest = torch.special.ndtr(-furthest).where(x > 0, 0.0)
+    inside = torch.special.ndtr(furthest).where(x < 1, 1.0) - lowest
     u = _random.uniform(seed, torch.zeros_like(seed), 0, DEQUANTISATION, x.shape[1:])
-    n = math.sqrt(2) * torch.erfinv((2 * u - 1).double() * inside)
-    log_q = -0.5 * n.square() - math.log(math.sqrt(2 * math.pi) * sigma * inside)
+    n = torch.special.ndtri(lowest + u * inside)
+    log_q = -0.5 * n.square() - inside.log() - math.log(math.sqrt(2 * math.pi) * sigma)
     return (alpha * (2 * x - 1).double() + sigma * n).float(), log_q.sum(dim=(1, 2, 3))
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from models import _continuous_flow, _ode
 from models._assignment import least_cost_pairs
-from models._continuous_flow import HALF_BIN, Flow, views
+from models._continuous_flow import HALF_BIN, LAST_NOISE, Flow, views
 from models._diffusion import column, stratified
 from models._nn import guided
 from models._protocol import Batch, Denoiser, ImageSpace
@@ -44,7 +44,7 @@ MAX_STEPS = 250
 class Config(_continuous_flow.Config):
     """The path and the objective, and what `_continuous_flow.Config` has."""
 
-    sigma_min: float = 1 / 765  # a third of half a level: the noise that is left at t = 1
+    sigma_min: float = LAST_NOISE  # the noise that is left at t = 1
     coupling: str = "independent"  # or "optimal transport"
 
 

@@ -15,9 +15,9 @@ becomes data by the reverse SDE (eq. 6) or by the probability-flow ODE (eq. 13),
 What differs from the paper: the network sees cos φ x₀ + sin φ ε, tan φ = ρ = σ_t / α_t, and predicts
 v = cos φ ε − sin φ x₀ (2202.00512), whichever the SDE, so that one network knows all of them; denoising score matching
 with λ = g² as for maximum likelihood (2101.09258) for a share of the batch, and λ = σ² (1 + ρ²) at angles φ that are
-drawn evenly for the rest; labels with classifier-free guidance (2207.12598); time ends at ρ = 1/765 instead of
-t = 10⁻⁵, and images are dequantised by the noise there (`models._continuous_flow`); steps lie evenly in s, where
-ρ^(1/7) is linear (2206.00364, eq. 5); the corrector's step size is the paper's in expectation.
+drawn evenly for the rest; labels with classifier-free guidance (2207.12598); time ends where ρ is 0.6 half levels
+instead of at 10⁻⁵, and images are dequantised by the noise there (`models._continuous_flow`); steps lie evenly in s,
+where ρ^(1/7) is linear (2206.00364, eq. 5); the corrector's step size is the paper's in expectation.
 
     variable    paper
     ratio       ρ                                       velocity    v
@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from models import _continuous_flow, _ode, _solvers
-from models._continuous_flow import HALF_BIN, Flow, views
+from models._continuous_flow import LAST_NOISE, Flow, views
 from models._diffusion import column, stratified
 from models._nn import guided
 from models._protocol import Batch, Denoiser, ImageSpace
@@ -46,7 +46,6 @@ SOLVERS = ("heun", "euler", "bogacki-shampine", "euler-maruyama", "predictor-cor
 EVALUATIONS = {"predictor-corrector": 2}
 MAX_STEPS = 1000
 POWER = 7  # of ρ in s
-LAST_RATIO = HALF_BIN / 3  # ρ at s = 1: a third of half a level
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class VE(SDE):
 
 def sde_of(config: Config) -> SDE:
     if config.sde == "ve":
-        return VE(LAST_RATIO, config.sigma_max)
+        return VE(LAST_NOISE, config.sigma_max)
     return (VP if config.sde == "vp" else SubVP)(*config.beta)
 
 
@@ -158,7 +157,7 @@ class Model(Flow, Denoiser):
         _validate(config)
         sde = sde_of(config)
         first = sde.kernel(torch.ones((), dtype=torch.float64))
-        last = sde.kernel(sde.time(torch.tensor(LAST_RATIO, dtype=torch.float64)))
+        last = sde.kernel(sde.time(torch.tensor(LAST_NOISE, dtype=torch.float64)))
         super().__init__(
             "score_sde",
             config,
@@ -176,13 +175,13 @@ class Model(Flow, Denoiser):
 
     def _ratio(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(ρ, dρ/ds)"""
-        first, last = self.first_ratio ** (1 / POWER), LAST_RATIO ** (1 / POWER)
+        first, last = self.first_ratio ** (1 / POWER), LAST_NOISE ** (1 / POWER)
         root = first + s * (last - first)
         return root**POWER, POWER * root ** (POWER - 1) * (last - first)
 
     def _velocity(self, x: Tensor, ratio: Tensor, labels: Tensor) -> Tensor:
         """v (B, C, H, W) at x = x₀ + ρ ε. The network is told φ, and ρ where it is small, on the scale of s."""
-        first, last = self.first_ratio ** (1 / POWER), LAST_RATIO ** (1 / POWER)
+        first, last = self.first_ratio ** (1 / POWER), LAST_NOISE ** (1 / POWER)
         cosine = (1 + ratio.square()).rsqrt()
         shown = views(column(cosine) * x, cosine, cosine * ratio, self.detail_periods)
         out: Tensor = self.network(shown, (ratio ** (1 / POWER) - first) / (last - first), labels)
@@ -190,7 +189,7 @@ class Model(Flow, Denoiser):
 
     def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
         """x̂₀ = cos² φ x − sin φ v, for x = x₀ + ρ ε: already in this family's terms."""
-        ratio = sigma.clamp(LAST_RATIO, self.first_ratio)
+        ratio = sigma.clamp(LAST_NOISE, self.first_ratio)
         velocity = guided(self._velocity, x, ratio, labels, guidance)
         cosine = column((1 + ratio.square()).rsqrt())
         return cosine.square() * x - column(ratio) * cosine * velocity
@@ -219,10 +218,10 @@ class Model(Flow, Denoiser):
         b, device = len(batch.x), batch.x.device
         x0, noise = 2 * batch.x - 1, torch.randn_like(batch.x)
         low = round(self.config.low_noise_share * b)
-        angles = [math.atan(LAST_RATIO), math.atan(self.first_ratio)]
+        angles = [math.atan(LAST_NOISE), math.atan(self.first_ratio)]
         ratio = torch.cat(
             [
-                LAST_RATIO * (self.first_ratio / LAST_RATIO) ** stratified(low, device),
+                LAST_NOISE * (self.first_ratio / LAST_NOISE) ** stratified(low, device),
                 torch.tan(angles[0] + (angles[1] - angles[0]) * stratified(b - low, device)),
             ]
         )
