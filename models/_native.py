@@ -1,8 +1,8 @@
 """C beside a family's file, compiled once on the machine that runs it, for steps too small for tensor operations.
 
 A step of a thousand tiny products spends its time on calling them. Such a step may stand in C, over the tensors' own
-memory (`models/_pixelcnn.c`, `_transformer.c`), beside the same step in tensor operations, which is what a machine without
-a C compiler takes, and what the C is tested against.
+memory (`_pixelcnn.c`, `_transformer.c`), beside the same step in tensor operations, which is what a machine without a C
+compiler takes, and what the C is tested against.
 
 The compiler is `cc`, or what CC says, and takes a second; what it made is kept in DRAWWELL_NATIVE_CACHE (by default
 ~/.cache/drawwell/native) under a hash of source, compiler and processor. DRAWWELL_NATIVE=0 does without.
