@@ -62,7 +62,9 @@ class Store:
         }
 
     async def run(self, script: str, *arguments: str | int | bytes) -> Any:
-        return await self._scripts[script](args=[PREFIX, *arguments])
+        answer = await self._scripts[script](args=[PREFIX, *arguments])
+        check_cancelled()
+        return answer
 
     async def store(self, payload: bytes, seconds: float) -> bytes:
         """What stands for a payload in a stream: itself, or where it lies."""
@@ -113,7 +115,9 @@ def _client(url: str, options: Mapping[str, Any]) -> Redis:
 async def reached(work: Awaitable[T]) -> T:
     """The result. Raises `BrokerAway` where Redis cannot be reached or cannot answer now."""
     try:
-        return await work
+        result = await work
+        check_cancelled()
+        return result
     except AWAY as e:
         raise BrokerAway(f"Redis cannot be reached: {type(e).__name__}") from e
     except ResponseError as e:
@@ -122,9 +126,19 @@ async def reached(work: Awaitable[T]) -> T:
         raise
 
 
+def check_cancelled() -> None:
+    """Raises `CancelledError` in a task that was cancelled: in redis-py a reply that comes in that moment may swallow
+    the first. It stands after commands, and where loops begin again.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def steadily(work: Callable[[], Awaitable[None]], seconds: float) -> None:
     """Do it again and again, with some jitter; what Redis refuses is tried again next time."""
     while True:
+        check_cancelled()
         try:
             await work()
         except (*AWAY, RedisError) as e:

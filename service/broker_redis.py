@@ -38,6 +38,7 @@ from service._redis import (
     BLOCK_SECONDS,
     PREFIX,
     Store,
+    check_cancelled,
     reached,
     steadily,
     until_reached,
@@ -247,6 +248,7 @@ class RedisBroker(Broker):
                     for waiting in list(self._news.values()):  # what was told while nobody heard
                         _wake(waiting)
                     while True:
+                        check_cancelled()
                         message = await channels.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS)
                         if message is not None:
                             _wake(self._news.get(message["data"].decode(), []))
@@ -351,6 +353,7 @@ class RedisClaims(Claims):
     async def _read(self) -> None:
         """Jobs for the models that are wanted, interactive ones first, as long as any are."""
         while True:
+            check_cancelled()
             await self._wants.wait()
             models = random.sample(self._wanted, len(self._wanted))
             if not models or not self._jobs.empty():
@@ -442,6 +445,7 @@ class RedisClaims(Claims):
                 async with self._store.waiting.pubsub() as channel:
                     await channel.subscribe(f"{PREFIX}worker:{self.name}")
                     while True:
+                        check_cancelled()
                         message = await channel.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS)
                         if message is not None:
                             self._dropped.put_nowait(message["data"].decode())

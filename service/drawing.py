@@ -88,7 +88,7 @@ class Drawing:
     async def _event(self, message: Told, number: int) -> bytes | None:
         match message:
             case Queued(position=position):
-                return sse.event("queued", {"id": self.id, "position": position})
+                return sse.event("queued", {"position": position})
             case Progress(step=step, steps=steps, eta_seconds=eta, previews=previews):
                 data: dict[str, Any] = {"step": step, "steps": steps, "eta_seconds": eta}
                 if previews:

@@ -271,8 +271,9 @@ def events_of(text: str) -> list[tuple[str, Any]]:
         if block.startswith(": "):
             found.append(("", block[2:]))
             continue
-        name, data = block.split("\n")
+        name, *numbered, data = block.split("\n")
         assert name.startswith("event: "), block
+        assert all(line.startswith("id: ") for line in numbered), block
         assert data.startswith("data: "), block
         found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
     return found

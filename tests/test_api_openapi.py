@@ -72,7 +72,7 @@ def test_every_route_is_documented_with_its_problems(document: dict[str, Any]) -
             assert operation["description"]
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
-                    assert response["content"].keys() == {"application/problem+json"}
+                    assert response["content"].keys() == {"application/problem+json"}, (operation["summary"], status)
     generate = document["paths"]["/generate"]["post"]
     assert generate["responses"]["200"]["content"].keys() == {"application/json", "image/png", "text/event-stream"}
     assert {"400", "404", "406", "413", "415", "422", "429", "500", "503", "504"} < generate["responses"].keys()

@@ -20,7 +20,7 @@ from service.schemas import JobProgress, JobResponse, ProblemDetails
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 
-@router.get("/{job_id}", response_model=JobResponse, responses=problems(404, 503))
+@router.get("/{job_id}", response_model=JobResponse, responses=problems(404, 422, 503))
 async def get_job(job_id: str, services: Served) -> Response:
     """How far a job is; its answer, or why there is none, once it has ended. Kept for a while after that."""
     status, drawing = await _known(job_id, services)
@@ -50,7 +50,7 @@ async def get_events(
     return sse.EventStream(b"", events, deadline, services.settings.keep_alive_seconds)
 
 
-@router.delete("/{job_id}", status_code=204, responses=problems(404, 503))
+@router.delete("/{job_id}", status_code=204, responses=problems(404, 422, 503))
 async def cancel_job(job_id: str, services: Served, request: Request) -> Response:
     """Stop a job at its next step. One that has ended stays as it ended."""
     await _known(job_id, services)
