@@ -4,8 +4,9 @@
 What differs from the paper: the encoder's outputs have a fixed length (arXiv 2110.04627 does alike), so that the scale
 of the codebook is known; its vectors follow them by exponential moving averages, not by a loss (the paper's appendix
 A.1), and those that nothing is near to any more begin anew at an encoder's output (arXiv 2005.00341, §3.1), so that all
-K stay in use; the decoder puts out a likelihood of 8-bit pixels, and going up it shuffles pixels, which leaves no
-checkerboard of overlapping kernels.
+K stay in use; a patch may have several codes, each for a part of z and from a codebook of its own (product
+quantisation, as in arXiv 1910.05453, §3.3); the decoder puts out a likelihood of 8-bit pixels, and going up it shuffles
+pixels, which leaves no checkerboard of overlapping kernels.
 
     variable      paper
     z             z_e(x), the encoder's outputs
@@ -13,12 +14,14 @@ checkerboard of overlapping kernels.
     codes         q(z | x), one-hot: the index of the nearest vector
     commitment    β
 
-    B    images, C × H × W        T    codes of an image, H/4 × W/4 in reading order        D    dimensions of a vector
+    B    images, C × H × W        T    patches of an image, H/4 × W/4 in reading order
+    G    codes of a patch         D    dimensions of a vector
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +31,7 @@ from models._likelihoods import PixelLikelihood
 from models._nn import at_least, zeroed
 from models._protocol import ImageSpace
 
-PATCH = 4  # pixels that a code stands for, each way
+PATCH = 4  # pixels, each way
 NOT_YET = 0.5  # what a preview shows where no code has been drawn
 DEAD, AGAIN = 0.03, 0.1  # parts of an equal share of the codes: a vector with less than one begins anew with the other
 
@@ -47,7 +50,7 @@ class Codebook(nn.Module):
 
     def begin(self, z: Tensor) -> None:
         """Put every vector where one of z (N, D) is."""
-        self.vectors.copy_(self._some(z, len(self.vectors)))
+        self.vectors.copy_(self._some(z, torch.ones_like(z[:, 0]), len(self.vectors)))
         self.shares.fill_(1 / len(self.shares))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -63,24 +66,31 @@ class Codebook(nn.Module):
             p_k ← γ p_k + (1 − γ) n_k / N          e_k ← (γ p_k e_k + (1 − γ) Σ_k / N) / (the new p_k)
 
         which is eq. 6 to 8 of the paper's appendix with sums over a batch divided by its size N. Then dead vectors
-        begin anew, at random ones of z.
+        begin anew at random ones of z, the likelier the worse they are represented (as in k-means++).
         """
         gamma, n, k = self.decay, len(z), len(self.shares)
+        z = z.to(self.vectors)
+        error = (z - self.vectors[codes]).square().sum(dim=1)
         share = torch.bincount(codes, minlength=k).to(self.shares) / n
-        total = torch.zeros_like(self.vectors).index_add_(0, codes, z.to(self.vectors)) / n
+        total = torch.zeros_like(self.vectors).index_add_(0, codes, z) / n
         moved = gamma * self.shares[:, None] * self.vectors + (1 - gamma) * total
         self.shares.copy_(gamma * self.shares + (1 - gamma) * share)
         self.vectors.copy_(moved / self.shares[:, None])
         dead = (self.shares < DEAD / k).nonzero()[:, 0]
-        self.vectors.index_copy_(0, dead, self._some(z, len(dead)))
-        self.shares.index_fill_(0, dead, AGAIN / k)
+        if len(dead):
+            self.vectors.index_copy_(0, dead, self._some(z, error, len(dead)))
+            self.shares.index_fill_(0, dead, AGAIN / k)
 
-    def _some(self, z: Tensor, n: int) -> Tensor:
-        """(n, D) random ones of z, none twice as long as there are enough; a trace of noise tells copies apart."""
-        rounds = 1 + n // len(z)
-        order = torch.cat([torch.randperm(len(z), device=z.device) for _ in range(rounds)])[:n]
-        some = z.to(self.vectors)[order]
+    def _some(self, z: Tensor, weight: Tensor, n: int) -> Tensor:
+        """(n, D) random ones of z by weight (N,), none twice where there are enough; a trace of noise tells copies
+        apart."""
+        index = torch.multinomial(weight.float() + 1e-9, n, replacement=n > len(z))
+        some = z.to(self.vectors)[index]
         return some + 1e-3 * z.std().to(some) * torch.randn_like(some)
+
+    def mean(self) -> Tensor:
+        """(D,) of the vectors, by how frequent their codes are."""
+        return (self.shares[:, None] * self.vectors).sum(dim=0) / self.shares.sum()
 
     def metrics(self) -> dict[str, Tensor]:
         """Over about the last 1 / (1 − decay) batches: the perplexity of the codes (K if all are as frequent), and the
@@ -106,11 +116,11 @@ class Residual(nn.Module):
 
 
 class DiscreteAutoencoder(nn.Module):
-    """Images -> T codes in 0 … K − 1 -> the parameters of the pixels' likelihood.
+    """Images -> T patches of G codes in 0 … K − 1 -> the parameters of the pixels' likelihood.
 
     width         channels at a quarter of the image's resolution; half of them above
     blocks        residual blocks at a quarter of the resolution, on either side, and in the decoder above
-    codes, dims   K and D
+    groups, codes, dims    G, K and D
 
     Raises `ValueError` that names the field, its value and what would be right.
     """
@@ -121,13 +131,14 @@ class DiscreteAutoencoder(nn.Module):
         likelihood: PixelLikelihood,
         width: int,
         blocks: int,
+        groups: int,
         codes: int,
         dims: int,
         decay: float,
         commitment: float,
     ) -> None:
         super().__init__()
-        _check(space, width, blocks, codes, dims, decay, commitment)
+        _check(space, width, blocks, groups, codes, dims, decay, commitment)
         self.likelihood, self.commitment = likelihood, commitment
         self.height, self.width = space.height // PATCH, space.width // PATCH
         half = width // 2
@@ -137,11 +148,11 @@ class DiscreteAutoencoder(nn.Module):
             nn.Conv2d(half, width, 4, stride=2, padding=1),
             *(Residual(width) for _ in range(blocks)),
             nn.SiLU(),
-            nn.Conv2d(width, dims, 1),
+            nn.Conv2d(width, groups * dims, 1),
         )
-        self.codebook = Codebook(codes, dims, decay)
+        self.codebooks = nn.ModuleList(Codebook(codes, dims, decay) for _ in range(groups))
         self.decoder = nn.Sequential(
-            nn.Conv2d(dims, width, 3, padding=1),
+            nn.Conv2d(groups * dims, width, 3, padding=1),
             *(Residual(width) for _ in range(blocks)),
             nn.SiLU(),
             nn.Conv2d(width, 4 * half, 1),
@@ -159,70 +170,90 @@ class DiscreteAutoencoder(nn.Module):
             self.head.bias.copy_(bias.repeat_interleave(4))  # type: ignore[union-attr]
 
     @property
+    def _books(self) -> list[Codebook]:
+        return cast("list[Codebook]", list(self.codebooks))
+
+    @property
     def tokens(self) -> int:
         """T"""
         return self.height * self.width
 
     def prepare(self, x: Tensor) -> None:
-        """Put the codebook where the untrained encoder puts the images x (B, C, H, W)."""
-        self.codebook.begin(self._outputs(x).flatten(0, 1))
+        """Put the codebooks where the untrained encoder puts the images x (B, C, H, W)."""
+        for book, z in zip(self._books, self._outputs(x).flatten(0, 1).unbind(dim=1), strict=True):
+            book.begin(z)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> codes (B, T) int64."""
+        """Images (B, C, H, W) -> codes (B, T, G) int64."""
         return self.nearest(x)[0]
 
     def nearest(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`encode`, and how far z_e is from the vectors that stand for it: (B,) mean squares."""
         z = self._outputs(x)
-        codes = self.codebook(z.flatten(0, 1)).view(z.shape[:2])
-        return codes, (z - self.codebook.vectors[codes]).square().mean(dim=(1, 2))
+        codes = self._codes(z)
+        return codes, (z - self._vectors(codes)).square().mean(dim=(1, 2, 3))
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, T) -> the parameters of the likelihood (B, P, H, W) float32."""
-        return self._params(self.codebook.vectors[codes])
+        """Codes (B, T, G) -> the parameters of the likelihood (B, P, H, W) float32."""
+        return self._params(self._vectors(codes))
 
     def log_prob(self, x: Tensor, codes: Tensor) -> Tensor:
         """(B,) nats: log p(x | codes)."""
         return self.likelihood.log_prob(self.decode(codes), x).sum(dim=(1, 2))
 
     def params(self, codes: Tensor, known: Tensor) -> Tensor:
-        """`decode` of images of which only the codes where known (B, T) holds have been drawn: the mean of the codebook
-        stands for the others."""
-        anywhere = (self.codebook.shares[:, None] * self.codebook.vectors).sum(dim=0) / self.codebook.shares.sum()
-        return self._params(torch.where(known[..., None], self.codebook.vectors[codes], anywhere))
+        """`decode` of images of which only the patches where known (B, T) holds have been drawn: the mean of each
+        codebook stands for the others."""
+        anywhere = torch.stack([book.mean() for book in self._books])
+        return self._params(torch.where(known[..., None, None], self._vectors(codes), anywhere))
 
     def veiled(self, x: Tensor, known: Tensor) -> Tensor:
-        """Images x (B, C, H, W), grey in the patches whose codes are not known (B, T)."""
+        """Images x (B, C, H, W), grey in the patches that are not known (B, T)."""
         seen = known.view(-1, 1, self.height, self.width)
         return torch.where(seen.repeat_interleave(PATCH, dim=2).repeat_interleave(PATCH, dim=3), x, NOT_YET)
 
     def loss(self, x: Tensor, quantised: bool = True) -> tuple[Tensor, Mapping[str, Tensor]]:
         """−log p(x | z_q) + β |z_e − sg(e)|², in nats per dimension of the image and squares per dimension of a vector;
         and what to log. The gradient passes through the choice of the vector as if it were none (straight-through,
-        §3.2). Moves the codebook.
+        §3.2). Moves the codebooks.
 
-        quantised: False gives the decoder z_e itself, for a beginning: the codebook then finds an encoder that tells
-        images apart, where the encoder would else learn to tell no more than a poor codebook can say.
+        quantised: False gives the decoder z_e itself, for a beginning: the codebooks then find an encoder that tells
+        images apart, where the encoder would else learn to tell no more than poor codebooks can say.
         """
         z = self._outputs(x)
-        codes = self.codebook(z.flatten(0, 1).detach()).view(z.shape[:2])
-        chosen = self.codebook.vectors[codes]
+        codes = self._codes(z.detach())
+        chosen = self._vectors(codes)
         params = self._params(straight_through(z, chosen) if quantised else z)
         reconstruction = -self.likelihood.log_prob(params, x).sum(dim=(1, 2)).mean() / x[0].numel()
         distance = F.mse_loss(z, chosen)
-        self.codebook.follow(z.flatten(0, 1).detach(), codes.flatten())
-        metrics = {"reconstruction": reconstruction.detach(), "distance": distance.detach()}
-        return reconstruction + self.commitment * distance, metrics | self.codebook.metrics()
+        logged = []
+        for g, book in enumerate(self._books):
+            book.follow(z.detach()[:, :, g].flatten(0, 1), codes[:, :, g].flatten())
+            logged.append(book.metrics())
+        metrics = {name: torch.stack([each[name] for each in logged]).mean() for name in logged[0]}
+        metrics |= {"reconstruction": reconstruction.detach(), "distance": distance.detach()}
+        return reconstruction + self.commitment * distance, metrics
+
+    def _codes(self, z: Tensor) -> Tensor:
+        """(B, T, G, D) -> (B, T, G)"""
+        each = zip(self._books, z.flatten(0, 1).unbind(dim=1), strict=True)
+        return torch.stack([book(part) for book, part in each], dim=1).view(z.shape[:3])
+
+    def _vectors(self, codes: Tensor) -> Tensor:
+        """(B, T, G) -> (B, T, G, D)"""
+        each = zip(self._books, codes.unbind(dim=2), strict=True)
+        return torch.stack([book.vectors[part] for book, part in each], dim=2)
 
     def _outputs(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> z_e (B, T, D) float32, whose mean square over D is one."""
+        """(B, C, H, W) -> z_e (B, T, G, D) float32, whose mean square over D is one."""
         z: Tensor = self.encoder(2 * at_least(2, x) - 1)[: len(x)]
         z = z.flatten(2).transpose(1, 2).float()
-        return F.rms_norm(z, z.shape[2:], eps=1e-6)
+        z = z.reshape(len(x), self.tokens, len(self.codebooks), -1)
+        return F.rms_norm(z, z.shape[3:], eps=1e-6)
 
     def _params(self, vectors: Tensor) -> Tensor:
-        """(B, T, D) -> (B, P, H, W) float32"""
-        grid = at_least(2, vectors).transpose(1, 2)
+        """(B, T, G, D) -> (B, P, H, W) float32"""
+        grid = at_least(2, vectors).flatten(2).transpose(1, 2)
         grid = grid.reshape(len(grid), -1, self.height, self.width)
         params = F.pixel_shuffle(self.head(self.decoder(grid)), 2)
         return params[: len(vectors)].float()
@@ -233,12 +264,14 @@ def straight_through(z: Tensor, chosen: Tensor) -> Tensor:
     return z + (chosen - z).detach()
 
 
-def _check(space: ImageSpace, width: int, blocks: int, codes: int, dims: int, decay: float, commitment: float) -> None:
+def _check(
+    space: ImageSpace, width: int, blocks: int, groups: int, codes: int, dims: int, decay: float, commitment: float
+) -> None:
     if space.height % PATCH or space.width % PATCH or not space.height or not space.width:
         raise ValueError(f"image: {space.width}×{space.height}; width and height must be multiples of {PATCH}")
     if width < 2 or width % 2:
         raise ValueError(f"width: {width}; an even number of channels, half of which are used at higher resolutions")
-    for name, value, least in (("blocks", blocks, 0), ("codes", codes, 2), ("dims", dims, 1)):
+    for name, value, least in (("blocks", blocks, 0), ("groups", groups, 1), ("codes", codes, 2), ("dims", dims, 1)):
         if value < least:
             raise ValueError(f"{name}: {value}; at least {least}")
     if not 0 <= decay < 1:

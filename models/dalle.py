@@ -4,10 +4,10 @@ image's codes as one sequence.
 Two stages, one after the other in one run: first a discrete autoencoder (`models._vq`), which makes an image of a few
 codes; then, with that one frozen, the transformer (`models._codes`) over
 
-    begin, text_1 … text_L, code_1 … code_T
+    begin, text_1 … text_L, patch_1 … patch_T
 
 where text is the caption in byte-pair encoding (`models._captions`), padded to L tokens. Its loss is that of the paper,
-one part text and seven parts image. A sample is drawn code by code after the caption, and shown as the decoder sees it.
+one part text and seven parts image. A sample is drawn patch by patch after the caption, and decoded.
 
     log p(x) ≥ log p(codes(x) | no caption) + log p(x | codes(x))
 
@@ -18,13 +18,14 @@ its likelihood is a logistic of the 8-bit levels, no narrower than `narrowest`, 
 is full, since the sequences are short; some captions are hidden in training, so that a sample can be guided away from
 what has no caption (arXiv 2207.12598, on logits), where the paper draws 512 images and ranks them.
 
-    B    rows: chains, images       L    tokens of a caption       T    codes of an image       D    width
+    B    rows: chains, images      L    tokens of a caption      D    width
+    T    patches of an image       G    codes of a patch
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,14 +45,16 @@ from models._vq import DiscreteAutoencoder
 class Config:
     """Everything that shapes the networks and the objectives."""
 
-    codes: int = 256  # K, vectors in the codebook
-    dims: int = 32  # of a vector
+    groups: int = 2  # G, codes of a patch of 4×4 pixels
+    codes: int = 256  # K, vectors in each codebook
+    dims: int = 16  # of a vector
     width: int = 64  # channels of the autoencoder at a quarter of the image's resolution
     blocks: int = 2  # residual blocks there, in the encoder and in the decoder
     decay: float = 0.99  # γ of the codebook's moving averages
     commitment: float = 0.25  # β
     narrowest: float = -3.0  # least log-scale of a pixel's logistic, where black is −1 and white is 1
     first_stage: float = 0.4  # part of the training that the autoencoder has
+    unquantised: float = 0.1  # part of that in which the decoder sees no codes yet
     vocabulary: int = 352  # of the captions' tokens
     caption_tokens: int = 16  # L
     text_weight: float = 1 / 8  # of the text's loss; the image's has the rest
@@ -63,7 +66,7 @@ class Config:
 
 @dataclass
 class CaptionedRows(CodeRows):
-    """Images of which the first codes have been drawn, each after its caption and, for guidance, after none."""
+    """Images of which the first patches have been drawn, each after its caption and, for guidance, after none."""
 
     last: Tensor  # (B,) the caption's last token, which the first step is given
     guidance: Tensor  # (B, 1); 1 where there is no caption
@@ -85,6 +88,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
             LogisticMixture(space.channels, 1, config.narrowest),
             config.width,
             config.blocks,
+            config.groups,
             config.codes,
             config.dims,
             config.decay,
@@ -92,7 +96,9 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         )
         tokens, d, length = self.autoencoder.tokens, config.transformer_width, config.caption_tokens
         self.captions = Captions(config.vocabulary, length)
-        self.transformer = CodeTransformer(config.codes, tokens, 1 + length, d, config.heads, config.layers)
+        self.transformer = CodeTransformer(
+            config.groups, config.codes, tokens, 1 + length, d, config.heads, config.layers
+        )
         self.begin = nn.Parameter(0.5 * torch.randn(d))
         self.text = nn.Parameter(0.5 * torch.randn(config.vocabulary, d))
         self.text_head = nn.Linear(d, config.vocabulary)
@@ -134,15 +140,17 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
         """First the autoencoder's loss alone, then the transformer's alone: nats per token."""
-        if batch.step < self.config.first_stage * batch.steps:
-            yield "autoencoder", *self.autoencoder.loss(batch.x)
+        first = self.config.first_stage * batch.steps
+        if batch.step < first:
+            quantised = batch.step >= self.config.unquantised * first
+            yield "autoencoder", *self.autoencoder.loss(batch.x, quantised)
             return
         with torch.no_grad():
             codes = self.autoencoder.encode(batch.x)
         hidden = (torch.rand(len(codes)) < self.config.caption_dropout).tolist()
         text = self.captions.encode([None if h else c for h, c in zip(hidden, batch.captions, strict=True)])
         outputs, length = self.transformer(self.prompt(text), codes), self.config.caption_tokens
-        image = F.cross_entropy(self.transformer.head(outputs[:, length:]).float().flatten(0, 1), codes.flatten())
+        image = F.cross_entropy(self.transformer.tell(outputs[:, length:], codes).flatten(0, 2), codes.flatten())
         each = F.cross_entropy(
             self.text_head(outputs[:, :length]).float().flatten(0, 1), text.flatten(), reduction="none"
         )
@@ -160,7 +168,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         told = [d.guidance_scale if d.prompt is not None else 1.0 for d in draws]
         blank = self.transformer.begin(self.prompt(self.captions.encode([None]))[:, :-1])
         return CaptionedRows(
-            **_codes.begin(draws, self.autoencoder.tokens, self.config.codes, device),
+            **_codes.begin(draws, self.autoencoder.tokens, self.config.groups, self.config.codes, device),
             cache=self.transformer.begin(self.prompt(text)[:, :-1]),
             last=text[:, -1],
             guidance=torch.tensor(told, device=device)[:, None],
@@ -168,22 +176,27 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         )
 
     def step(self, rows: CaptionedRows) -> CaptionedRows:
-        """Draw the next code of every image, wherever it is."""
+        """Draw the next patch of every image, wherever it is."""
         _codes.advance(rows, self.logits(rows))
         return rows
 
-    def logits(self, rows: CaptionedRows) -> Tensor:
-        """(B, K) of the next codes, guided: those without a caption + guidance · (those with it − those without).
+    def logits(self, rows: CaptionedRows) -> Callable[[Tensor], Tensor]:
+        """What `_codes.advance` draws the next patch from: without a caption + guidance · (with it − without it).
 
         Writes into the caches. The second pass is left out where no row is guided.
         """
-        conditional = self.transformer.step(rows, self.text[rows.last], rows.cache)
+        told = self.transformer.step(rows, self.text[rows.last], rows.cache)
         if (rows.guidance == 1).all():
-            return conditional
+            return lambda drawn: self.transformer.next(told, drawn)
         nothing = self.text[PADDING].expand(len(rows.last), -1)
-        unconditional = self.transformer.step(rows, nothing, rows.uncaptioned)
-        guided = torch.lerp(unconditional, conditional, rows.guidance)
-        return torch.where(rows.guidance == 1, conditional, guided)
+        untold = self.transformer.step(rows, nothing, rows.uncaptioned)
+
+        def guided(drawn: Tensor) -> Tensor:
+            conditional, unconditional = self.transformer.next(told, drawn), self.transformer.next(untold, drawn)
+            beyond = torch.lerp(unconditional, conditional, rows.guidance)
+            return torch.where(rows.guidance == 1, conditional, beyond)
+
+        return guided
 
     def image(self, rows: CaptionedRows) -> Tensor:
         """What the codes so far are decoded to; grey where none has been drawn."""
@@ -209,6 +222,8 @@ def _check(config: Config, space: ImageSpace) -> None:
         raise ValueError("space: images without captions; this family learns from captions")
     if not 0 < config.first_stage < 1:
         raise ValueError(f"first_stage: {config.first_stage} is not between 0 and 1; both stages need their steps")
+    if not 0 <= config.unquantised < 1:
+        raise ValueError(f"unquantised: {config.unquantised} is not in [0, 1)")
     for name in ("text_weight", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} is not in [0, 1)")

@@ -2,7 +2,7 @@
 become a few codes, and an autoregressive prior learns the language of the codes.
 
 Two stages, one after the other in one run: first the autoencoder (`models._vq`), then, with that one frozen, the prior
-(`models._codes`). A sample is drawn code by code from p(codes | label) and shown as the decoder sees it.
+(`models._codes`). A sample is drawn patch by patch from p(codes | label) and shown as the decoder sees it.
 
     log p(x | label) ≥ log p(codes(x) | label) + log p(x | codes(x))
 
@@ -13,7 +13,7 @@ What differs from the paper: the prior is a transformer, not a PixelCNN, and sta
 likelihood is one of 8-bit pixels; and the codebook as `models._vq` says. A sample shows the decoder's expected image;
 the solver "draw" draws every pixel, which adds noise that is independent given the codes.
 
-    B    rows: chains, images       T    codes of an image       D    width of the prior
+    B    rows: chains, images    T    patches of an image    G    codes of a patch    D    width of the prior
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ PIXELS = 1  # draw of a row's noise, beside the codes'
 class Config:
     """Everything that shapes the networks and the objectives."""
 
-    codes: int = 512  # K, vectors in the codebook
-    dims: int = 32  # of a vector
+    groups: int = 1  # G, codes of a patch of 4×4 pixels
+    codes: int = 512  # K, vectors in each codebook
+    dims: int = 16  # of a vector
     width: int = 64  # channels of the autoencoder at a quarter of the image's resolution
     blocks: int = 2  # residual blocks there, in the encoder and in the decoder
     decay: float = 0.99  # γ of the codebook's moving averages
@@ -48,6 +49,7 @@ class Config:
     components: int = 1  # of the logistic mixture
     narrowest: float = -7.0  # least log-scale of a logistic, where black is −1 and white is 1
     first_stage: float = 0.4  # part of the training that the autoencoder has
+    unquantised: float = 0.1  # part of that in which the decoder sees no codes yet
     prior_width: int = 96  # D
     prior_heads: int = 4
     prior_layers: int = 4
@@ -56,7 +58,7 @@ class Config:
 
 @dataclass
 class VQRows(CodeRows):
-    """Images of which the first codes have been drawn."""
+    """Images of which the first patches have been drawn."""
 
     seed: Tensor  # (B,)
     sample: Tensor  # (B,)
@@ -76,11 +78,19 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         self.config = config
         likelihood = pixel_likelihood(config.likelihood, space.channels, config.components, config.narrowest)
         self.autoencoder = DiscreteAutoencoder(
-            space, likelihood, config.width, config.blocks, config.codes, config.dims, config.decay, config.commitment
+            space,
+            likelihood,
+            config.width,
+            config.blocks,
+            config.groups,
+            config.codes,
+            config.dims,
+            config.decay,
+            config.commitment,
         )
         tokens = self.autoencoder.tokens
         self.prior = CodeTransformer(
-            config.codes, tokens, 1, config.prior_width, config.prior_heads, config.prior_layers
+            config.groups, config.codes, tokens, 1, config.prior_width, config.prior_heads, config.prior_layers
         )
         # What the first code is drawn from; the last row is for images without a label.
         self.label = nn.Parameter(0.5 * torch.randn(space.classes + 1, config.prior_width))
@@ -112,15 +122,17 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
         """First the autoencoder's loss alone, then the prior's alone: nats per code."""
-        if batch.step < self.config.first_stage * batch.steps:
-            yield "autoencoder", *self.autoencoder.loss(batch.x)
+        first = self.config.first_stage * batch.steps
+        if batch.step < first:
+            quantised = batch.step >= self.config.unquantised * first
+            yield "autoencoder", *self.autoencoder.loss(batch.x, quantised)
             return
         with torch.no_grad():
             codes = self.autoencoder.encode(batch.x)
         hidden = torch.rand(batch.labels.shape, device=codes.device) < self.config.label_dropout
         labels = batch.labels.masked_fill(hidden, _protocol.UNLABELLED)
         logits = self.prior.logits(self.prompt(labels), codes)
-        yield "prior", F.cross_entropy(logits.flatten(0, 1), codes.flatten()), {}
+        yield "prior", F.cross_entropy(logits.flatten(0, 2), codes.flatten()), {}
 
     # sampler
 
@@ -128,7 +140,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         device = self.device
         label = torch.tensor([d.label for d in draws], device=device)
         return VQRows(
-            **_codes.begin(draws, self.autoencoder.tokens, self.config.codes, device),
+            **_codes.begin(draws, self.autoencoder.tokens, self.config.groups, self.config.codes, device),
             cache=self.prior.begin(self.prompt(label)[:, 1:]),
             seed=_random.seed_bits([d.seed for d in draws], device),
             sample=torch.tensor([d.sample for d in draws], device=device),
@@ -137,8 +149,9 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         )
 
     def step(self, rows: VQRows) -> VQRows:
-        """Draw the next code of every image, wherever it is."""
-        _codes.advance(rows, self.prior.step(rows, self.prompt(rows.label)[:, 0], rows.cache))
+        """Draw the next patch of every image, wherever it is."""
+        outputs = self.prior.step(rows, self.prompt(rows.label)[:, 0], rows.cache)
+        _codes.advance(rows, lambda drawn: self.prior.next(outputs, drawn))
         return rows
 
     def image(self, rows: VQRows) -> Tensor:
@@ -167,6 +180,8 @@ def _check(config: Config) -> None:
     """Raises `ValueError` that names the field, its value and what would be right."""
     if not 0 < config.first_stage < 1:
         raise ValueError(f"first_stage: {config.first_stage} is not between 0 and 1; both stages need their steps")
+    if not 0 <= config.unquantised < 1:
+        raise ValueError(f"unquantised: {config.unquantised} is not in [0, 1)")
     if not 0 <= config.label_dropout < 1:
         raise ValueError(f"label_dropout: {config.label_dropout} is not in [0, 1)")
     if config.prior_layers < 1:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from models import _checkpoint, _rows
+from models import _checkpoint, _codes, _rows
 from models._captions import PADDING
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
 from models.dalle import CaptionedRows, Config, Model
@@ -17,6 +17,7 @@ from models.dalle import CaptionedRows, Config, Model
 CAPTIONED = ImageSpace(width=8, height=8, channels=3, captions=True)
 CAPTIONS = ("a red circle", "two blue squares", "a small green triangle above a red square", "a circle")
 TINY: dict[str, Any] = {
+    "groups": 2,
     "codes": 16,
     "dims": 4,
     "width": 8,
@@ -62,6 +63,18 @@ def finished(model: Model, draws: list[Draw]) -> CaptionedRows:
     return rows
 
 
+def step(model: Model, rows: CaptionedRows) -> torch.Tensor:
+    """Draw a patch; the logits (B, G, K) that its codes were drawn from."""
+    logits, seen = model.logits(rows), []
+
+    def watched(drawn: torch.Tensor) -> torch.Tensor:
+        seen.append(logits(drawn))
+        return seen[-1]
+
+    _codes.advance(rows, watched)
+    return torch.stack(seen, dim=1)
+
+
 def all_logits(model: Model, rows: CaptionedRows, text: torch.Tensor) -> torch.Tensor:
     return model.transformer.logits(model.prompt(text), rows.codes)
 
@@ -70,12 +83,10 @@ def all_logits(model: Model, rows: CaptionedRows, text: torch.Tensor) -> torch.T
 def test_cached_logits_are_those_of_the_full_forward_over_caption_and_codes() -> None:
     model = built()
     draws = asked(6)
-    rows, stepped = model.init(draws), []
-    while int(rows.left.max()):
-        stepped.append(model.logits(rows))
-        rows = model.step(rows)
+    rows = model.init(draws)
+    stepped = torch.stack([step(model, rows) for _ in range(TOKENS)], dim=1)
     full = all_logits(model, rows, model.captions.encode([d.prompt for d in draws]))
-    torch.testing.assert_close(torch.stack(stepped, dim=1), full, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stepped, full, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -84,19 +95,14 @@ def test_guided_logits_are_the_formula_and_those_of_scale_one_are_the_conditiona
     scales = [0.0, 1.0, 2.5, 1.0, 7.0, 0.5]
     draws = [dataclasses.replace(d, guidance_scale=s) for d, s in zip(asked(6), scales, strict=True)]
     rows, plain = model.init(draws), model.init(asked(6))
-    stepped, unguided = [], []
-    while int(rows.left.max()):
-        plain.codes, plain.tick = rows.codes.clone(), rows.tick.clone()
-        stepped.append(model.logits(rows))
-        unguided.append(model.logits(plain))
-        rows = model.step(rows)
+    stepped = torch.stack([step(model, rows) for _ in range(TOKENS)], dim=1)
+    unguided = torch.stack([step(model, plain) for _ in range(TOKENS)], dim=1)
     conditional = all_logits(model, rows, model.captions.encode([d.prompt for d in draws]))
     unconditional = all_logits(model, rows, model.captions.encode([None] * 6))
-    scale = torch.tensor(scales)[:, None, None]
-    expected = unconditional + scale * (conditional - unconditional)
-    torch.testing.assert_close(torch.stack(stepped, dim=1), expected, rtol=1e-4, atol=1e-3)
+    expected = unconditional + torch.tensor(scales)[:, None, None, None] * (conditional - unconditional)
+    torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-3)
     for k in (1, 3):
-        assert torch.equal(torch.stack(stepped, dim=1)[k], torch.stack(unguided, dim=1)[k]), "bit for bit"
+        assert torch.equal(stepped[k], unguided[k]), "bit for bit"
 
 
 @torch.inference_mode()
@@ -116,7 +122,7 @@ def test_the_likeliest_codes_alone_depend_on_nothing_but_the_caption() -> None:
     assert torch.equal(greedy[0], greedy[1])
     assert torch.equal(greedy[0], greedy[2])
     full = all_logits(model, finished(model, asked(4, top_k=1)), model.captions.encode(list(CAPTIONS)))
-    assert torch.equal(full.argmax(dim=2), greedy[0])
+    assert torch.equal(full.argmax(dim=3), greedy[0])
 
 
 @torch.inference_mode()
@@ -148,7 +154,7 @@ def test_the_loss_is_one_part_text_and_seven_parts_image_and_hidden_captions_are
 
     text = model.captions.encode(list(batch.captions))
     log_text = (
-        model.text_head(model.transformer(model.prompt(text), torch.zeros(8, TOKENS, dtype=torch.int64))[:, :6])
+        model.text_head(model.transformer(model.prompt(text), torch.zeros(8, TOKENS, 2, dtype=torch.int64))[:, :6])
         .log_softmax(dim=2)
         .gather(2, text[:, :, None])[:, :, 0]
     )
@@ -165,11 +171,11 @@ def test_a_code_depends_on_all_of_the_caption_and_the_text_on_no_code() -> None:
     model = built()
     text = model.captions.encode(list(CAPTIONS[:1]))
     prompt = model.prompt(text).requires_grad_()
-    outputs = model.transformer(prompt, torch.zeros(1, TOKENS, dtype=torch.int64))
+    outputs = model.transformer(prompt, torch.zeros(1, TOKENS, 2, dtype=torch.int64))
     (gradient,) = torch.autograd.grad(outputs[0, 6].sum(), prompt)  # what the first code is drawn from
     assert (gradient[0].abs().sum(dim=1) > 0).all()
     torch.manual_seed(1)
-    other = model.transformer(prompt, torch.randint(16, (1, TOKENS)))
+    other = model.transformer(prompt, torch.randint(16, (1, TOKENS, 2)))
     torch.testing.assert_close(other[:, :7], outputs[:, :7])
 
 
