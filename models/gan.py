@@ -9,8 +9,8 @@ Three objectives, by `Config.objective`:
     wgan-gp   E D(G(z)) − E D(x)  against  −E D(G(z)), with λ E (|∇ D(x̂)| − 1)² on
               lines between real and drawn images, `n_critic` critic updates per step      (1704.00028, algorithm 1)
 
-Two generators, by `Config.generator`: "residual", whose conditional normalisation takes gains and biases from a linear
-map of (z, class embedding), and "style" (`models._style`), which data with captions need.
+Two generators, by `Config.generator`: "residual" (`models._residual`), whose conditional normalisation takes gains and
+biases from a linear map of (z, class embedding), and "style" (`models._style`), which data with captions need.
 
 What an image is to show enters the critic by projection (1802.05637, eq. 3). Captions are taught in two further ways: a
 real image with a wrong caption counts as drawn (1605.05396, algorithm 1), and both networks gain by images whose
@@ -52,6 +52,7 @@ from models import _protocol, _random, _text
 from models._adversarial import gradient_penalty, hinge_loss, logistic_loss, r1_penalty, wasserstein_loss
 from models._captions import PADDING, Captions
 from models._protocol import Batch, Draw, ImageSpace, Range, Rows, Spec, Steps
+from models._residual import ResidualGenerator, SelfAttention
 from models._style import StyleGenerator
 from models._text import TextEncoder
 
@@ -125,71 +126,7 @@ class Config:
             raise ValueError(f"attention: {self.attention}; 0 or one of the heights {heights}")
 
 
-# -------------------------------------------------------------------------------------------------------------- blocks
-
-
-class SelfAttention(nn.Module):
-    """x + γ · attention(x) over all positions, γ = 0 at first (arXiv 1805.08318, eq. 1–3). (B, C, H, W) -> the same."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.inner, self.value = max(1, channels // 8), max(1, channels // 2)
-        self.mix = nn.Conv2d(channels, 2 * self.inner + self.value, 1)  # f, g and h of the paper
-        self.output = nn.Conv2d(self.value, channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, _, h, w = x.shape
-        f, g, v = self.mix(x).flatten(2).split([self.inner, self.inner, self.value], dim=1)  # (B, ·, HW) each
-        # Written out, as the fused kernels have no second derivative, which the penalties need.
-        attention = (f.transpose(1, 2) @ g).float().softmax(dim=1).to(v.dtype)  # (B, HW, HW): from i, to j
-        attended: Tensor = self.output((v @ attention).view(b, self.value, h, w))
-        return x + self.gamma * attended
-
-
-class ConditionalNorm(nn.Module):
-    """Layer norm over (C, H, W) of each row; gain and bias per channel are a linear map of the code (B, code)."""
-
-    def __init__(self, channels: int, code: int) -> None:
-        super().__init__()
-        self.affine = nn.Linear(code, 2 * channels)
-
-    def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        affine: Tensor = self.affine(code)[:, :, None, None]
-        gain, bias = affine.chunk(2, dim=1)  # (B, C, 1, 1) each
-        normed: Tensor = F.group_norm(x, 1)
-        return normed * (1 + gain) + bias
-
-
-class GeneratorBlock(nn.Module):
-    """Pre-activation residual block of two 3×3 convolutions with conditional norms. (B, C, H, W) -> the same."""
-
-    def __init__(self, channels: int, code: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = ConditionalNorm(channels, code), ConditionalNorm(channels, code)
-        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-
-    def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        h: Tensor = self.conv1(F.relu(self.norm1(x, code)))
-        h = self.conv2(F.relu(self.norm2(h, code)))
-        return x + h
-
-
-class GeneratorStage(nn.Module):
-    """All that the generator does at one resolution. (B, channels, H, W) -> (B, target, H, W)."""
-
-    def __init__(self, channels: int, target: int, code: int, blocks: int, attention: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(GeneratorBlock(channels, code) for _ in range(blocks))
-        self.attention = SelfAttention(channels) if attention else nn.Identity()
-        self.norm = ConditionalNorm(channels, code)
-        self.conv = nn.Conv2d(channels, target, 3, padding=1)
-
-    def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, code)
-        h: Tensor = self.conv(F.relu(self.norm(self.attention(x), code)))
-        return h
+# -------------------------------------------------------------------------------------------------------------- critic
 
 
 class CriticBlock(nn.Module):
@@ -203,47 +140,6 @@ class CriticBlock(nn.Module):
         h: Tensor = self.conv1(F.leaky_relu(x, 0.2))
         h = self.conv2(F.leaky_relu(h, 0.2))
         return (x + h) * math.sqrt(0.5)  # keeps the variance at any depth
-
-
-# ------------------------------------------------------------------------------------------------------------ networks
-
-
-class Generator(nn.Module):
-    """(z, y) -> image in [−1, 1], from the coarsest resolution up: a convolution and a pixel shuffle double it."""
-
-    noise_shapes: Sequence[tuple[int, ...]] = ()  # it adds none
-
-    def __init__(self, config: Config, space: ImageSpace) -> None:
-        super().__init__()
-        widths, levels = config.generator_channels, len(config.generator_channels)
-        self.start_shape = (widths[-1], space.height >> (levels - 1), space.width >> (levels - 1))
-        self.embedding = nn.Embedding(space.classes, config.embedding) if space.classes else None
-        code = config.latent + (config.embedding if space.classes else 0)
-        self.start = nn.Linear(code, math.prod(self.start_shape))
-        self.stages = nn.ModuleList(
-            GeneratorStage(
-                widths[level],
-                target=4 * widths[level - 1] if level else space.channels,
-                code=code,
-                blocks=config.blocks[level],
-                attention=config.attention == space.height >> level,
-            )
-            for level in reversed(range(levels))
-        )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-
-    def forward(
-        self, z: Tensor, labels: Tensor, noise: Sequence[Tensor] = (), temperature: Tensor | None = None
-    ) -> Tensor:
-        """z (B, latent), labels (B,) all given where there are classes, temperature (B,) -> (B, C, H, W)."""
-        z = z if temperature is None else z * temperature[:, None]
-        code = z if self.embedding is None else torch.cat([z, self.embedding(labels)], dim=1)
-        h = self.start(code).view(-1, *self.start_shape).contiguous(memory_format=torch.channels_last)
-        for i, stage in enumerate(self.stages):
-            h = stage(F.pixel_shuffle(h, 2) if i else h, code)
-        return torch.tanh(h)
 
 
 class Critic(nn.Module):
@@ -271,11 +167,7 @@ class Critic(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, a=0.2, nonlinearity="leaky_relu")
         if self.classes is not None:
             nn.init.normal_(self.classes.weight, std=widths[-1] ** -0.5)
-        self.text = (
-            TextEncoder(config.vocabulary, config.caption_length, config.text_width, config.text_layers)
-            if space.captions
-            else None
-        )
+        self.text = _text_encoder(config) if space.captions else None
         self.project = nn.Linear(config.text_width, widths[-1], bias=False) if space.captions else None
         if config.spectral_norm:
             for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)]:
@@ -326,7 +218,7 @@ class Model(_protocol.Model):
         self.config = config
         self.spec = Spec(family="gan", image=space, steps=Steps(unit="pass"), temperature=Range(0.0, 1.0, 1.5))
         self.captions = Captions(config.vocabulary, config.caption_length) if space.captions else None
-        self.generator = Generator(config, space) if config.generator == "residual" else _style_generator(config, space)
+        self.generator = _generator(config, space)
         self.critic = Critic(config, space)
 
     # Training
@@ -449,14 +341,22 @@ class Model(_protocol.Model):
         return rows.x
 
 
-def _style_generator(config: Config, space: ImageSpace) -> StyleGenerator:
+def _generator(config: Config, space: ImageSpace) -> ResidualGenerator | StyleGenerator:
+    channels, latent = config.generator_channels, config.latent
+    if config.generator == "residual":
+        return ResidualGenerator(
+            space.shape, space.classes, channels, config.blocks, latent, config.embedding, config.attention
+        )
     told: nn.Embedding | TextEncoder | None = None
     if space.captions:
-        told = TextEncoder(config.vocabulary, config.caption_length, config.text_width, config.text_layers)
+        told = _text_encoder(config)
     elif space.classes:
         told = nn.Embedding(space.classes, config.embedding)
-    channels, latent = config.generator_channels, config.latent
     return StyleGenerator(space.shape, channels, latent, latent, config.mapping_layers, told)
+
+
+def _text_encoder(config: Config) -> TextEncoder:
+    return TextEncoder(config.vocabulary, config.caption_length, config.text_width, config.text_layers)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models import _rows, gan
 from models._adversarial import CriticFunction, gradient_norm_squared
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
+from models._residual import SelfAttention
 
 SPACE = ImageSpace(8, 8, 1, ("ankle boot", "bag", "coat"))
 TINY = gan.Config(latent=6, embedding=4, generator_channels=(8, 12), critic_channels=(8, 12), blocks=(0, 1))
@@ -108,7 +109,7 @@ def test_penalty_gradient_is_that_of_finite_differences(attention: int) -> None:
     """Double differentiation through the whole critic, attention included."""
     m = model(dataclasses.replace(TINY, attention=attention)).double()
     for layer in m.modules():
-        if isinstance(layer, gan.SelfAttention):
+        if isinstance(layer, SelfAttention):
             nn.init.constant_(layer.gamma, 0.7)
     x, labels = torch.rand(3, 1, 8, 8, dtype=torch.float64), torch.tensor([0, 2, 1])
 
@@ -301,7 +302,7 @@ def test_spectral_norm_survives_the_state_dict() -> None:
 
 def test_self_attention_starts_as_the_identity_and_then_looks_everywhere() -> None:
     torch.manual_seed(0)
-    layer, x = gan.SelfAttention(16), torch.randn(2, 16, 4, 4, requires_grad=True)
+    layer, x = SelfAttention(16), torch.randn(2, 16, 4, 4, requires_grad=True)
     torch.testing.assert_close(layer(x), x, rtol=0, atol=0)
     nn.init.ones_(layer.gamma)
     (gradient,) = torch.autograd.grad(layer(x)[0, :, 0, 0].sum(), x)
@@ -312,7 +313,7 @@ def test_self_attention_starts_as_the_identity_and_then_looks_everywhere() -> No
 def test_self_attention_weights_are_a_distribution() -> None:
     """Where every position holds the same value, the attended value is that value: the weights sum to one."""
     torch.manual_seed(0)
-    layer = gan.SelfAttention(16)
+    layer = SelfAttention(16)
     nn.init.ones_(layer.gamma)
     x = torch.randn(1, 16, 1, 1).expand(1, 16, 3, 5)
     value = layer.mix(x)[:, 2 * layer.inner :]
