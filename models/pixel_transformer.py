@@ -91,9 +91,10 @@ class Network(nn.Module):
     def told(self, labels: Tensor, at: Tensor) -> Tensor:
         """(..., D): what inputs at pixels `at`, of images with these labels, are told of both."""
         place: Tensor = self.row[at // len(self.column)] + self.column[at % len(self.column)]
-        return (
-            place if self.label is None else place + self.label(labels.where(labels >= 0, len(self.label.weight) - 1))
-        )
+        if self.label is None:
+            return place
+        named: Tensor = self.label(labels.where(labels >= 0, self.label.num_embeddings - 1))
+        return place + named
 
     def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Embedded images (B, H, W, C·E), labels (B,) -> features (B, H, W, D) of what is known before each pixel."""
