@@ -89,6 +89,28 @@ async def test_an_estimate_comes_with_its_error(api: Api) -> None:
     assert answer["results"][0]["stderr"] == 0.5
 
 
+async def test_an_integral_that_has_not_converged_says_so_and_which_it_is(api: Api) -> None:
+    sure = Scored(0, -12.0, stderr=0.5, statistics={"coarse_log_prob": -12.1}, converged=True)
+    unsure = Scored(1, -12.0, stderr=0.5, statistics={"coarse_log_prob": -99.0}, converged=False)
+    api.broker.answer = after(*tell(sure, unsure, Completed(0, 0, 1)))
+    answer = (await api.post("/score", {"model": "density", "images": [b64(file_of(COLOUR))] * 2})).json()
+    assert [result["converged"] for result in answer["results"]] == [True, False]
+    assert [result["log_prob"] for result in answer["results"]] == [-12.0, -12.0]
+    assert [w for w in answer["warnings"] if w.startswith("images[")] == [
+        "images[1]: not converged: half the steps give -99.0 nats, all of them -12.0"
+    ]
+
+
+async def test_an_integral_that_would_be_a_probability_above_one_is_refused(api: Api) -> None:
+    impossible = Scored(0, 3.0, stderr=0.5, statistics={"coarse_log_prob": 4.0}, converged=False)
+    api.broker.answer = after(*tell(impossible, Completed(0, 0, 1)))
+    answer = (await api.post("/score", {"model": "density", "images": [b64(file_of(COLOUR))]})).json()
+    assert answer["results"][0]["log_prob"] is None
+    assert answer["results"][0]["bits_per_dim"] is None
+    assert "nll_bits" not in answer["results"][0]["statistics"]
+    assert "images[0]: log_prob is refused: 3.0 nats would be a probability above one" in answer["warnings"]
+
+
 async def test_a_number_that_json_cannot_say_is_null_and_a_warning(api: Api) -> None:
     api.broker.answer = after(*tell(Scored(0, -math.inf), Completed(0, 0, 1)))
     answer = (await api.post("/score", {"model": "density", "images": [b64(file_of(COLOUR))]})).json()
