@@ -38,6 +38,7 @@ Shapes: B rows, C channels, (H, W) image; images lie in [−1, 1] between the tw
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -215,6 +216,8 @@ class Model(_protocol.Model):
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
         config.check(space)
+        if space.captions:  # which say what labels would, and more
+            space = dataclasses.replace(space, labels=())
         self.config = config
         self.spec = Spec(family="gan", image=space, steps=Steps(unit="pass"), temperature=Range(0.0, 1.0, 1.5))
         self.captions = Captions(config.vocabulary, config.caption_length) if space.captions else None

@@ -48,6 +48,13 @@ def draw(m: gan.Model, *prompts: str | None) -> Tensor:
     return m.image(m.step(m.init([Draw(seed=3, sample=0, steps=1, prompt=prompt) for prompt in prompts])))
 
 
+def test_captions_stand_for_labels() -> None:
+    m = model(dataclasses.replace(SPACE, labels=("a", "b")))
+    assert m.spec.image == SPACE
+    assert m.critic.classes is None
+    assert draw(m, CAPTIONS[0]).shape == (1, 3, 8, 8)
+
+
 # -------------------------------------------------------------------------------------------------------------- encoder
 
 
