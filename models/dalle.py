@@ -40,6 +40,8 @@ from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity
 from models._transformer import Cache
 from models._vq import DiscreteAutoencoder
 
+MAX_GUIDANCE = 10.0
+
 
 @dataclass(frozen=True)
 class Config:
@@ -47,8 +49,8 @@ class Config:
 
     groups: int = 2  # G, codes of a patch of 4×4 pixels
     codes: int = 256  # K, vectors in each codebook
-    dims: int = 16  # of a vector
-    width: int = 64  # channels of the autoencoder at a quarter of the image's resolution
+    dims: int = 8  # of a vector
+    width: int = 48  # channels of the autoencoder at a quarter of the image's resolution
     blocks: int = 2  # residual blocks there, in the encoder and in the decoder
     decay: float = 0.99  # γ of the codebook's moving averages
     commitment: float = 0.25  # β
@@ -59,8 +61,9 @@ class Config:
     caption_tokens: int = 16  # L
     text_weight: float = 1 / 8  # of the text's loss; the image's has the rest
     caption_dropout: float = 0.1  # how often training hides the caption
+    guidance_scale: float = 2.0  # of a sample, where a request does not say
     transformer_width: int = 96  # D
-    heads: int = 4
+    heads: int = 3
     layers: int = 4
 
 
@@ -109,7 +112,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
             likelihood=Likelihood(
                 kind="bound", dequantisation="none", note="without a caption; the encoder's codes alone"
             ),
-            guidance_scale=Range(min=0.0, default=2.0, max=10.0),
+            guidance_scale=Range(min=0.0, default=config.guidance_scale, max=MAX_GUIDANCE),
             temperature=Range(min=0.1, default=1.0, max=2.0),
             top_k=config.codes,
         )
@@ -224,6 +227,8 @@ def _check(config: Config, space: ImageSpace) -> None:
         raise ValueError(f"first_stage: {config.first_stage} is not between 0 and 1; both stages need their steps")
     if not 0 <= config.unquantised < 1:
         raise ValueError(f"unquantised: {config.unquantised} is not in [0, 1)")
+    if not 0 <= config.guidance_scale <= MAX_GUIDANCE:
+        raise ValueError(f"guidance_scale: {config.guidance_scale} is not in [0, {MAX_GUIDANCE:g}]")
     for name in ("text_weight", "caption_dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)} is not in [0, 1)")

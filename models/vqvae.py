@@ -41,7 +41,7 @@ class Config:
     groups: int = 1  # G, codes of a patch of 4×4 pixels
     codes: int = 512  # K, vectors in each codebook
     dims: int = 16  # of a vector
-    width: int = 64  # channels of the autoencoder at a quarter of the image's resolution
+    width: int = 48  # channels of the autoencoder at a quarter of the image's resolution
     blocks: int = 2  # residual blocks there, in the encoder and in the decoder
     decay: float = 0.99  # γ of the codebook's moving averages
     commitment: float = 0.25  # β
@@ -51,7 +51,7 @@ class Config:
     first_stage: float = 0.4  # part of the training that the autoencoder has
     unquantised: float = 0.1  # part of that in which the decoder sees no codes yet
     prior_width: int = 96  # D
-    prior_heads: int = 4
+    prior_heads: int = 3
     prior_layers: int = 4
     label_dropout: float = 0.1  # how often training hides the label, so that p(x) is learnt next to p(x | label)
 

@@ -25,6 +25,7 @@ TINY: dict[str, Any] = {
     "vocabulary": 290,
     "caption_tokens": 6,
     "transformer_width": 16,
+    "heads": 4,
     "layers": 2,
 }
 TOKENS = 4
@@ -195,6 +196,7 @@ def test_a_score_is_the_model_without_a_caption() -> None:
         ({"vocabulary": 256}, "vocabulary: 256; at least 257"),
         ({"caption_tokens": 0}, "length: 0"),
         ({"first_stage": 0.0}, "first_stage: 0.0"),
+        ({"guidance_scale": 11.0}, "guidance_scale: 11.0 is not in [0, 10]"),
         ({"text_weight": 1.0}, "text_weight: 1.0"),
         ({"caption_dropout": -0.1}, "caption_dropout: -0.1"),
         ({"layers": 0}, "layers: 0"),

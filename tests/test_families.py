@@ -36,7 +36,16 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
     "boltzmann": ({"hidden": (12,), "chains": 6, "particles": 4, "temperatures": 5}, LABELLED),
     "boltzmann:deep": ({"hidden": (12, 8), "chains": 6, "particles": 4, "temperatures": 5}, LABELLED),
     "dalle": (
-        {"codes": 64, "dims": 4, "width": 8, "blocks": 1, "vocabulary": 270, "transformer_width": 16, "layers": 2},
+        {
+            "codes": 64,
+            "dims": 4,
+            "width": 8,
+            "blocks": 1,
+            "vocabulary": 270,
+            "caption_tokens": 4,
+            "transformer_width": 18,
+            "layers": 2,
+        },
         CAPTIONED,
     ),
     "consistency": ({"channels": 16, "multipliers": (1, 2)}, LABELLED),
@@ -103,7 +112,16 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
         LABELLED,
     ),
     "vqvae": (
-        {"codes": 64, "dims": 4, "width": 8, "blocks": 1, "prior_width": 16, "prior_heads": 2, "prior_layers": 2},
+        {
+            "groups": 2,
+            "codes": 64,
+            "dims": 4,
+            "width": 8,
+            "blocks": 1,
+            "prior_width": 16,
+            "prior_heads": 2,
+            "prior_layers": 2,
+        },
         LABELLED,
     ),
 }

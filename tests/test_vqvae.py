@@ -19,7 +19,15 @@ from models._vq import DEAD, Codebook, DiscreteAutoencoder, straight_through
 from models.vqvae import Config, Model
 
 LABELLED = ImageSpace(width=8, height=8, channels=1, labels=("a", "b", "c"))
-TINY: dict[str, Any] = {"codes": 16, "dims": 4, "width": 8, "blocks": 1, "prior_width": 16, "prior_layers": 2}
+TINY: dict[str, Any] = {
+    "codes": 16,
+    "dims": 4,
+    "width": 8,
+    "blocks": 1,
+    "prior_width": 16,
+    "prior_heads": 4,
+    "prior_layers": 2,
+}
 
 
 def pictures(n: int, space: ImageSpace, seed: int = 0) -> torch.Tensor:
