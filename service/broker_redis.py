@@ -464,6 +464,15 @@ class RedisClaims(Claims):
                 self._groups.add(queue)
 
 
+async def workers(url: str) -> list[WorkerState]:
+    """Every worker that has announced itself of late. Raises `BrokerAway`."""
+    store = Store(url)
+    try:
+        return await reached(_announced(store))
+    finally:
+        await store.close()
+
+
 async def _announced(store: Store) -> list[WorkerState]:
     keys = [key async for key in store.commands.scan_iter(f"{PREFIX}worker:*", count=1000)]
     found = await store.commands.mget(keys) if keys else []

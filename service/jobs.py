@@ -79,10 +79,10 @@ async def follow(broker: Broker, job: Job) -> AsyncGenerator[tuple[Told, int]]:
 
 async def attend(broker: Broker, job_id: str, after: int = 0) -> AsyncGenerator[tuple[Told, int]]:
     """What a job tells, from event number after + 1 on, to its end. Raises a `Problem` for a job that failed."""
-    position = await broker.position(job_id)
-    yield Queued(position), 0
     once, waiting = Once(), True
     try:
+        position = await broker.position(job_id)
+        yield Queued(position), 0
         async with aclosing(pausing(broker.events(job_id), _POSITION_SECONDS)) as events:
             async for event in events:
                 if event is None:
@@ -98,6 +98,8 @@ async def attend(broker: Broker, job_id: str, after: int = 0) -> AsyncGenerator[
                     yield message, event.number
                 if event.final:
                     return
+    except KeyError:
+        raise JobLost("the queue has lost its memory") from None
     except JobLost as e:
         if str(e) == CANCELLED:
             raise errors.Interrupted("the job was cancelled before it was done") from e

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -26,6 +26,19 @@ class Settings(BaseSettings):
     )
     max_rows: int = Field(64, ge=1, description="most images that step together in one batch of a model")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much the processes tell")
+
+    redis_url: SecretStr | None = Field(
+        None,
+        description="the Redis that `api` and `worker` share: redis://, rediss:// (TLS), with user and password; "
+        "or redis+sentinel://host:26379,host:26379/service. `serve` needs none",
+    )
+    claim_seconds: float = Field(
+        15.0, gt=0.1, description="a worker that gave no sign of life for so long loses its jobs to others"
+    )
+    keep_seconds: float = Field(600.0, gt=0, description="how long the answer of an ended job can still be fetched")
+    drain_seconds: float = Field(
+        20.0, ge=0, description="time that a worker which is told to end takes for what it runs; then it hands it back"
+    )
 
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="longest request body, in bytes")
     max_images: int = Field(64, ge=1, description="most images (n) of one generate request")

@@ -10,14 +10,16 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from service.broker_local import LocalBroker
+from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-GRACE = 10.0  # seconds a worker has to end after SIGTERM
+GRACE = 5.0  # seconds a worker has to end after SIGTERM, besides those for what it runs
 LONGEST_WAIT = 10.0  # seconds between restarts of a worker that keeps dying
 
 
@@ -38,16 +40,37 @@ def device_list(devices: str) -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How a worker process reaches its broker."""
+
+    arguments: Sequence[str]
+    end: socket.socket | None = None  # that the process inherits
+    attach: Callable[[], Awaitable[None]] | None = None  # what serves the other end, while the process lives
+
+
+def over_socket(broker: LocalBroker) -> Callable[[str], Reach]:
+    """A socket pair for each life of a worker."""
+
+    def reach(name: str) -> Reach:
+        ours, theirs = socket.socketpair()
+        return Reach(["--fd", str(theirs.fileno())], theirs, lambda: broker.attach(name, ours))
+
+    return reach
+
+
+def over_redis(name: str) -> Reach:
+    """The environment says where Redis is: a command line would show its password."""
+    return Reach(["--redis"])
+
+
 class Supervisor:
     """Keeps one worker process per device alive. CPU workers have one thread each: two unpinned OpenMP threads may
     land on one core.
     """
 
-    def __init__(
-        self, broker: LocalBroker, devices: Sequence[str], models: Path, max_rows: int, log_level: str = "INFO"
-    ) -> None:
-        self._broker, self._devices, self._models = broker, devices, models
-        self._max_rows, self._log_level = max_rows, log_level
+    def __init__(self, reach: Callable[[str], Reach], devices: Sequence[str], settings: Settings) -> None:
+        self._reach, self._devices, self._settings = reach, devices, settings
         self._processes: dict[str, asyncio.subprocess.Process] = {}
 
     @property
@@ -72,29 +95,35 @@ class Supervisor:
 
     async def _serve(self, name: str, device: str) -> int:
         """One life of a worker. Returns its exit status."""
-        ours, theirs = socket.socketpair()
-        command = ["-m", "service.worker", "--fd", str(theirs.fileno()), "--name", name, "--device", device]
-        command += ["--models", str(self._models), "--max-rows", str(self._max_rows), "--log-level", self._log_level]
+        reach, settings = self._reach(name), self._settings
+        command = ["-m", "service.worker", *reach.arguments, "--name", name, "--device", device]
+        command += ["--models", str(settings.models), "--max-rows", str(settings.max_rows)]
+        command += ["--drain-seconds", str(settings.drain_seconds), "--log-level", settings.log_level]
         threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
         process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, pass_fds=[theirs.fileno()], env={**os.environ, **threads}
+            sys.executable,
+            *command,
+            pass_fds=[] if reach.end is None else [reach.end.fileno()],
+            env={**os.environ, **threads},
         )
-        theirs.close()
+        if reach.end is not None:
+            reach.end.close()
         self._processes[name] = process
-        link = asyncio.create_task(self._broker.attach(name, ours))
+        link = None if reach.attach is None else asyncio.ensure_future(reach.attach())
         try:
             return await process.wait()
         finally:
             await self._end(process)
             del self._processes[name]
-            link.cancel()
-            await asyncio.gather(link, return_exceptions=True)
+            if link is not None:
+                link.cancel()
+                await asyncio.gather(link, return_exceptions=True)
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         if process.returncode is None:
             process.terminate()
             try:
-                await asyncio.wait_for(process.wait(), GRACE)
+                await asyncio.wait_for(process.wait(), self._settings.drain_seconds + GRACE)
             except TimeoutError:
                 process.kill()
                 await process.wait()

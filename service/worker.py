@@ -14,6 +14,7 @@ import hashlib
 import logging
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from service.broker import Claims, Event, Job, ModelState, WorkerState
 from service.broker_local import LocalClaims
 from service.engine import Engine
 from service.messages import Failed, Generate, Message, ScoreImages, pack, unpack
+from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -73,18 +75,25 @@ class _Scanned:
 
 
 @dataclass(frozen=True)
+class _Drain:
+    """The process is told to end: what runs may come to its end, for a while."""
+
+
+@dataclass(frozen=True)
 class _Stop:
-    """The broker is gone, or the process is told to end."""
+    """The broker is gone."""
 
 
-_Command: TypeAlias = _NewJob | _Cancel | _NewModel | _BadModel | _GoneModel | _Scanned | _Stop
+_Command: TypeAlias = _NewJob | _Cancel | _NewModel | _BadModel | _GoneModel | _Scanned | _Drain | _Stop
 
 
 class Worker:
     """Startup, main loop and shutdown of one worker."""
 
-    def __init__(self, name: str, device: str, folder: Path, max_rows: int = 64) -> None:
+    def __init__(self, name: str, device: str, folder: Path, max_rows: int = 64, drain_seconds: float = 20.0) -> None:
         self._name, self._device, self._folder, self._max_rows = name, device, folder, max_rows
+        self._drain_seconds = drain_seconds
+        self._ends_at: float | None = None  # the clock's time at which what still runs is handed back
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._outbox: dict[str, list[Event]] = {}
         self._rows: Counter[str] = Counter()  # model -> rows of its unfinished jobs here
@@ -95,7 +104,7 @@ class Worker:
         self._engine = Engine(self._emit, device, max_rows)
 
     def run(self, connect: Callable[[], Awaitable[Claims]]) -> None:
-        """Serve until the broker is gone or `stop` is called. `connect` runs in the talking thread's event loop."""
+        """Serve until the broker is gone, or to the end of a drain. `connect` runs in the talking thread."""
         self._talk = _Talk(connect, self._inbox)
         self._talk.start()
         stopped = threading.Event()
@@ -108,8 +117,9 @@ class Worker:
             self._talk.stop()
             watcher.join()
 
-    def stop(self) -> None:
-        self._inbox.put(_Stop())
+    def drain(self) -> None:
+        """Take no more jobs; end when those here are done, or handed back after `drain_seconds`."""
+        self._inbox.put(_Drain())
 
     # ------------------------------------------------------------------------------------------------------------
     # main loop
@@ -123,6 +133,15 @@ class Worker:
                 self._obey(command)
             busy = self._engine.step()
             self._flush()
+            if self._ends_at is not None and (not self._held or time.monotonic() >= self._ends_at):
+                self._hand_back()
+                return
+
+    def _hand_back(self) -> None:
+        assert self._talk is not None
+        if self._held:
+            log.warning("handing back %d jobs that did not come to their end in time", len(self._held))
+            self._talk.hand_back(list(self._held))
 
     def _commands(self, wait: bool) -> list[_Command]:
         commands = [self._inbox.get()] if wait else []
@@ -143,6 +162,10 @@ class Worker:
         elif isinstance(command, _GoneModel):
             self._engine.remove(command.name)
             self._models.pop(command.name, None)
+            self._announce()
+        elif isinstance(command, _Drain) and self._ends_at is None:
+            log.info("draining: %d jobs are here", len(self._held))
+            self._ends_at = time.monotonic() + self._drain_seconds
             self._announce()
         elif isinstance(command, _Scanned) and not self._ready:
             self._ready = True
@@ -195,12 +218,16 @@ class Worker:
 
     def _announce(self) -> None:
         assert self._talk is not None
-        self._talk.announce(WorkerState(self._name, self._device, self._ready, dict(self._models)))
+        ready = self._ready and self._ends_at is None
+        self._talk.announce(WorkerState(self._name, self._device, ready, dict(self._models)))
         self._claim()
 
     def _claim(self) -> None:
         """Ask for more work for the models that have room."""
         assert self._talk is not None
+        if self._ends_at is not None:
+            self._talk.want([])
+            return
         room = [
             m for m, s in self._models.items() if s.status == "ready" and self._rows[m] < ROWS_AHEAD * self._max_rows
         ]
@@ -248,6 +275,14 @@ class Worker:
         seen[name] = version
 
 
+@dataclass(frozen=True)
+class _HandBack:
+    job_ids: list[str]
+
+
+_Told: TypeAlias = "dict[str, list[Event]] | WorkerState | list[str] | _HandBack"
+
+
 class _Talk:
     """The thread that talks to the broker. Its methods may be called from any thread; they return at once."""
 
@@ -256,7 +291,7 @@ class _Talk:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="talk", daemon=True)
         self._begun = threading.Event()
-        self._told: asyncio.Queue[dict[str, list[Event]] | WorkerState | list[str] | None] = asyncio.Queue()
+        self._told: asyncio.Queue[_Told | None] = asyncio.Queue()
         self._wanted: list[str] = []
         self._changed = asyncio.Event()
 
@@ -279,7 +314,10 @@ class _Talk:
     def want(self, models: list[str]) -> None:
         self._soon(models)
 
-    def _soon(self, what: dict[str, list[Event]] | WorkerState | list[str]) -> None:
+    def hand_back(self, job_ids: list[str]) -> None:
+        self._soon(_HandBack(job_ids))
+
+    def _soon(self, what: _Told) -> None:
         with contextlib.suppress(RuntimeError):  # as above; a _Stop is in the inbox then
             self._loop.call_soon_threadsafe(self._told.put_nowait, what)
 
@@ -315,6 +353,8 @@ class _Talk:
             elif isinstance(what, dict):
                 for job_id, events in what.items():
                     await claims.publish(job_id, events)
+            elif isinstance(what, _HandBack):
+                await claims.hand_back(what.job_ids)
             else:
                 self._wanted = what
                 self._changed.set()
@@ -346,22 +386,36 @@ class _Talk:
 def main(argv: list[str] | None = None) -> int:
     """python -m service.worker: one worker, started by the API's supervisor with a socket to it."""
     parser = argparse.ArgumentParser(prog="python -m service.worker", description=main.__doc__)
-    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the API process")
+    reach = parser.add_mutually_exclusive_group(required=True)
+    reach.add_argument("--fd", type=int, help="file descriptor of the socket to the API process")
+    reach.add_argument("--redis", action="store_true", help="over the Redis that DRAWWELL_REDIS_URL names")
     parser.add_argument("--name", required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--max-rows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch")
+    parser.add_argument("--drain-seconds", type=float, default=20.0)
     parser.add_argument("--log-level", default="INFO")
     args = parser.parse_args(argv)
     logging.basicConfig(level=args.log_level, format=f"%(asctime)s {args.name} %(levelname)s %(message)s")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    worker = Worker(args.name, args.device, args.models, args.max_rows)
-    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
+    worker = Worker(args.name, args.device, args.models, args.max_rows, args.drain_seconds)
+    signal.signal(signal.SIGTERM, lambda *_: worker.drain())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the API ends its workers itself
-    worker.run(lambda: LocalClaims.connect(args.fd))
+    worker.run((lambda: LocalClaims.connect(args.fd)) if args.fd is not None else (lambda: _over_redis(args.name)))
     return 0
+
+
+async def _over_redis(name: str) -> Claims:
+    from service.broker_redis import RedisClaims
+
+    from_environment: dict[str, str] = {}
+    settings = Settings(**from_environment)  # type: ignore[arg-type]
+    if settings.redis_url is None:
+        raise ValueError("redis_url: not set; DRAWWELL_REDIS_URL says where Redis is")
+    host = f"{socket.gethostname()}-{name}"
+    return RedisClaims(settings.redis_url.get_secret_value(), host, settings.claim_seconds, settings.keep_seconds)
 
 
 if __name__ == "__main__":
