@@ -79,7 +79,7 @@ class Config:
     generator: str = "residual"  # or "style", which `blocks` and `attention` do not shape
     mapping_layers: int = 2  # of the style generator
     # What follows is for captions.
-    vocabulary: int = 320  # tokens
+    vocabulary: int = 384  # tokens
     caption_length: int = 16  # tokens of a caption that are read
     text_width: int = 64  # of each network's own text encoder, and its number of layers
     text_layers: int = 2
