@@ -49,7 +49,7 @@ def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
         app.include_router(routes.router)
     errors.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(RequestContext)  # the last added is the outermost
+    app.add_middleware(RequestContext, metrics=services.metrics)  # the last added is the outermost
     return app
 
 

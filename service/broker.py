@@ -14,7 +14,9 @@ from __future__ import annotations
 import abc
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
+
+from service.scheduler import Load
 
 Priority: TypeAlias = Literal["interactive", "batch"]
 
@@ -76,6 +78,15 @@ class WorkerState:
     device: str
     ready: bool  # every model has been tried and those that work are warm
     models: Mapping[str, ModelState] = field(default_factory=dict)
+    load: Mapping[str, Load] = field(default_factory=dict)  # by "<model>/draw" and "<model>/score"
+    jobs: int = 0  # that it works on
+
+
+def state_in(data: Mapping[str, Any]) -> WorkerState:
+    """What `dataclasses.asdict` made of a state, back again."""
+    models = {name: ModelState(**state) for name, state in data["models"].items()}
+    load = {name: Load(**told) for name, told in data["load"].items()}
+    return WorkerState(**{**data, "models": models, "load": load})
 
 
 class QueueFull(Exception):
@@ -131,6 +142,10 @@ class Broker(abc.ABC):
     @abc.abstractmethod
     async def position(self, job_id: str) -> int:
         """How many queued jobs come before this one; 0 when it is next, or already with a worker."""
+
+    @abc.abstractmethod
+    async def queued_units(self) -> int:
+        """Step-units of the jobs that have not ended."""
 
     @abc.abstractmethod
     async def pool(self) -> Sequence[WorkerState]:

@@ -34,11 +34,11 @@ from service.broker import (
     Job,
     JobLost,
     KeyTaken,
-    ModelState,
     NoWorker,
     QueueFull,
     Status,
     WorkerState,
+    state_in,
 )
 
 log = logging.getLogger(__name__)
@@ -154,6 +154,9 @@ class LocalBroker(Broker):
         ahead = [j for lane in lanes for j in self._queues[lane]]
         return ahead.index(job_id)
 
+    async def queued_units(self) -> int:
+        return self._units
+
     async def pool(self) -> Sequence[WorkerState]:
         return [link.state for link in self._links.values() if link.state is not None]
 
@@ -177,7 +180,7 @@ class LocalBroker(Broker):
 
     def _heard(self, name: str, link: _Link, kind: str, rest: list[Any]) -> None:
         if kind == "announce":
-            link.state = _state_in(rest[0])
+            link.state = state_in(rest[0])
             self._fail_unservable()
         elif kind == "claim":
             link.wanted = tuple(rest[0])
@@ -320,10 +323,6 @@ class LocalClaims(Claims):
         _send(self._writer, "claim", [])  # or they might come back at once
         _send(self._writer, "hand-back", list(job_ids))
         await self._writer.drain()
-
-
-def _state_in(data: dict[str, Any]) -> WorkerState:
-    return WorkerState(**{**data, "models": {name: ModelState(**state) for name, state in data["models"].items()}})
 
 
 def _send(writer: asyncio.StreamWriter, *frame: Any) -> None:

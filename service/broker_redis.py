@@ -52,11 +52,11 @@ from service.broker import (
     Job,
     JobLost,
     KeyTaken,
-    ModelState,
     NoWorker,
     QueueFull,
     Status,
     WorkerState,
+    state_in,
 )
 
 log = logging.getLogger(__name__)
@@ -195,6 +195,9 @@ class RedisBroker(Broker):
         if priority == b"batch":
             ahead += await self._queued(_queue("interactive", model.decode()), "+")
         return ahead
+
+    async def queued_units(self) -> int:
+        return int(await reached(self._store.commands.get(f"{PREFIX}queued")) or 0)
 
     async def pool(self) -> Sequence[WorkerState]:
         if not self._looked.is_set():
@@ -476,7 +479,8 @@ async def workers(url: str) -> list[WorkerState]:
 async def _announced(store: Store) -> list[WorkerState]:
     keys = [key async for key in store.commands.scan_iter(f"{PREFIX}worker:*", count=1000)]
     found = await store.commands.mget(keys) if keys else []
-    return sorted((_state_in(packed) for packed in found if packed is not None), key=lambda state: state.name)
+    states = [state_in(msgpack.unpackb(packed)) for packed in found if packed is not None]
+    return sorted(states, key=lambda state: state.name)
 
 
 async def _last_delivered(client: Any, queue: str) -> str:
@@ -508,8 +512,3 @@ def _job_out(job: Job) -> bytes:
 
 def _job_in(packed: bytes) -> Job:
     return Job(**msgpack.unpackb(packed))
-
-
-def _state_in(packed: bytes) -> WorkerState:
-    data = msgpack.unpackb(packed)
-    return WorkerState(**{**data, "models": {name: ModelState(**state) for name, state in data["models"].items()}})

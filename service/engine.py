@@ -40,7 +40,7 @@ from service.messages import (
     ScoreImages,
     Started,
 )
-from service.scheduler import Plan, Row, Scheduler, Ticket
+from service.scheduler import Load, Plan, Row, Scheduler, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ class Engine:
         priority: str = "interactive",
         timeout: float | None = None,
         queued_seconds: float = 0.0,
+        tenant: str = "",
     ) -> None:
         """A new job. One for a model that is not here is answered `Failed`. Raises `ValueError` for a job that is there
         already, and for images of another shape than the model's.
@@ -152,8 +153,9 @@ class Engine:
         submitted = self._clock() - queued_seconds
         rows = task.n if isinstance(task, Generate) else len(task.images)
         expires = None if timeout is None else submitted + timeout
-        ticket = Ticket(job_id, lane, rows, "batch" if priority == "batch" else "interactive", expires)
         job = _Job(lane, rows, submitted, self._lanes[lane].program.rows_of(task))
+        work = job.network_evaluations // rows
+        ticket = Ticket(job_id, lane, rows, "batch" if priority == "batch" else "interactive", expires, tenant, work)
         self._scheduler.submit(ticket, submitted)
         self._jobs[job_id] = job
 
@@ -165,6 +167,14 @@ class Engine:
     def jobs(self) -> int:
         """Jobs that have not ended."""
         return len(self._jobs)
+
+    def load(self) -> dict[str, Load]:
+        """What each model's lanes do, by "<model>/draw" and "<model>/score"."""
+        found: dict[str, str] = {}
+        for model_id, (version, _) in self._models.items():
+            prefix = f"{model_id}@{version}/"
+            found |= {f"{model_id}/{n.removeprefix(prefix)}": n for n in self._lanes if n.startswith(prefix)}
+        return {name: self._scheduler.load(lane) for name, lane in found.items()}
 
     def step(self) -> bool:
         """Take the next step that the scheduler plans. False when there was nothing to do."""

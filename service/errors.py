@@ -254,7 +254,10 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return problem_of(error).response()
+    problem = problem_of(error)
+    if problem.status in (429, 503, 504):
+        request.app.state.services.metrics.refused(problem.kind)
+    return problem.response()
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

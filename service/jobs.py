@@ -14,6 +14,7 @@ from starlette.types import Receive
 from service import errors
 from service.broker import CANCELLED, Broker, Job, JobLost
 from service.messages import Completed, Failed, ImageDone, Message, Progress, Scored, Started, unpack
+from service.metrics import JobWatch
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class Once:
         return news
 
 
-async def follow(broker: Broker, job: Job) -> AsyncGenerator[tuple[Told, int]]:
+async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tuple[Told, int]]:
     """Submit a job, and tell where it stands in the queue and then its messages, the last of which is `Completed`; each
     with the number of its event, 0 where it has none.
 
@@ -65,7 +66,7 @@ async def follow(broker: Broker, job: Job) -> AsyncGenerator[tuple[Told, int]]:
     ended = False
     try:
         job_id = await broker.submit(job)
-        async with aclosing(attend(broker, job_id)) as told:
+        async with aclosing(attend(broker, job_id, watch=watch)) as told:
             async for message, number in told:
                 ended = isinstance(message, Completed)
                 yield message, number
@@ -74,10 +75,13 @@ async def follow(broker: Broker, job: Job) -> AsyncGenerator[tuple[Told, int]]:
         raise
     finally:
         if not ended:
+            watch.ended("cancelled")
             await broker.cancel(job.id)
 
 
-async def attend(broker: Broker, job_id: str, after: int = 0) -> AsyncGenerator[tuple[Told, int]]:
+async def attend(
+    broker: Broker, job_id: str, after: int = 0, watch: JobWatch | None = None
+) -> AsyncGenerator[tuple[Told, int]]:
     """What a job tells, from event number after + 1 on, to its end. Raises a `Problem` for a job that failed."""
     once, waiting = Once(), True
     try:
@@ -92,6 +96,9 @@ async def attend(broker: Broker, job_id: str, after: int = 0) -> AsyncGenerator[
                     continue
                 waiting = False
                 message = unpack(event.payload)
+                if watch is not None and event.final:
+                    completed = message if isinstance(message, Completed) else None
+                    watch.ended("done" if completed else "failed", completed)
                 if isinstance(message, Failed):
                     raise errors.failure(message)
                 if once.admit(message) and event.number > after:

@@ -91,6 +91,20 @@ class Cost:
         return a * rows + b
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a lane has done since it was there, and does now."""
+
+    steps: int = 0
+    rows: int = 0  # over all steps
+    seconds: float = 0.0
+    running: int = 0  # rows
+    waiting: int = 0
+    max_rows: int = 1  # that may step together
+    row_seconds: float = 0.0  # a step over n rows takes row_seconds · n + step_seconds
+    step_seconds: float = 0.0
+
+
 @dataclass(eq=False)
 class _Waiting:
     """A job of which rows wait to join."""
@@ -184,6 +198,9 @@ class _Lane:
     running: dict[Row, None] = field(default_factory=dict)  # ordered
     deficit: float = 0.0  # seconds that the lane may still use in this round
     predicted: float = 0.0  # seconds of its next step
+    steps: int = 0  # so far
+    rows: int = 0
+    seconds: float = 0.0
 
     @property
     def busy(self) -> bool:
@@ -260,6 +277,7 @@ class Scheduler:
         lane = self._lanes[lane_name]
         lane.cost.observe(rows, seconds)
         lane.deficit -= seconds
+        lane.steps, lane.rows, lane.seconds = lane.steps + 1, lane.rows + rows, lane.seconds + seconds
         for row in finished:
             del lane.running[row]
             self._unfinished[row.job] -= 1
@@ -291,6 +309,12 @@ class Scheduler:
     def lane_jobs(self, lane: str) -> int:
         """Jobs of a lane that have not ended."""
         return sum(t.lane == lane for t in self._tickets.values())
+
+    def load(self, name: str) -> Load:
+        lane = self._lane(name)
+        return Load(
+            lane.steps, lane.rows, lane.seconds, len(lane.running), lane.pending, lane.max_rows, *lane.cost.coefficients
+        )
 
     def running(self, lane: str) -> tuple[Row, ...]:
         return tuple(self._lane(lane).running)

@@ -37,6 +37,7 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 SCAN_EVERY = 1.0  # seconds between looks at the models folder
+TELL_EVERY = 1.0  # seconds between announcements of the load, while there is any
 ROWS_AHEAD = 2  # a worker claims jobs for a model until it has this many times a full batch of rows
 
 
@@ -99,6 +100,7 @@ class Worker:
         self._rows: Counter[str] = Counter()  # model -> rows of its unfinished jobs here
         self._held: dict[str, Job] = {}
         self._models: dict[str, ModelState] = {}
+        self._announced = 0.0  # when, on the clock
         self._ready = False
         self._talk: _Talk | None = None
         self._engine = Engine(self._emit, device, max_rows)
@@ -179,7 +181,7 @@ class Worker:
             task = unpack(job.payload)
             if not isinstance(task, Generate | ScoreImages):
                 raise ValueError(f"a {type(task).__name__} is no task")
-            self._engine.submit(job.id, job.model, task, job.priority, job.timeout, job.queued_seconds)
+            self._engine.submit(job.id, job.model, task, job.priority, job.timeout, job.queued_seconds, job.tenant)
         except ValueError as e:  # a job is input: whatever is wrong with it concerns it alone
             self._emit(job.id, Failed("internal", str(e)), True)
 
@@ -215,11 +217,15 @@ class Worker:
             self._talk.publish(self._outbox)
             self._outbox = {}
             self._claim()
+            if not self._held or time.monotonic() - self._announced > TELL_EVERY:
+                self._announce()
 
     def _announce(self) -> None:
         assert self._talk is not None
         ready = self._ready and self._ends_at is None
-        self._talk.announce(WorkerState(self._name, self._device, ready, dict(self._models)))
+        self._announced = time.monotonic()
+        state = WorkerState(self._name, self._device, ready, dict(self._models), self._engine.load(), len(self._held))
+        self._talk.announce(state)
         self._claim()
 
     def _claim(self) -> None:

@@ -137,6 +137,9 @@ class FakeBroker(Broker):
     async def position(self, job_id: str) -> int:
         return self.places.pop(0) if len(self.places) > 1 else self.places[0]
 
+    async def queued_units(self) -> int:
+        return sum(job.units for job in self.jobs.values())
+
     async def pool(self) -> Sequence[WorkerState]:
         return self.states
 

@@ -63,7 +63,7 @@ def test_the_document_stays_whole_when_it_is_asked_for_twice(api: Api) -> None:
 
 def test_every_route_is_documented_with_its_problems(document: dict[str, Any]) -> None:
     assert document["paths"].keys() == {
-        *("/generate", "/score", "/models", "/models/{model_id}", "/healthz", "/readyz"),
+        *("/generate", "/score", "/models", "/models/{model_id}", "/healthz", "/readyz", "/metrics"),
         *("/jobs/{job_id}", "/jobs/{job_id}/events"),
     }
     for path in document["paths"].values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import Depends, Request
@@ -14,6 +14,7 @@ from service.accepts import Accepts
 from service.broker import Broker, WorkerState
 from service.catalog import Catalog, Entry, Version
 from service.errors import Fault
+from service.metrics import Metrics
 from service.settings import Settings
 
 _TOKEN = re.compile(r"[\x21-\x7e]{1,128}")
@@ -25,6 +26,7 @@ class Services:
     broker: Broker
     catalog: Catalog
     limits: Accepts  # what settings allow, field by field
+    metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False  # shutting down: no longer ready
 
     async def model(self, model: str) -> tuple[Entry, Version]:

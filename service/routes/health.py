@@ -1,12 +1,15 @@
-"""GET /healthz: the process lives. GET /readyz: it can do its work."""
+"""GET /healthz: the process lives. GET /readyz: it can do its work. GET /metrics: how it does."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from service import errors
 from service.routes._services import Served, problems
 from service.schemas import Health
+
+_TEXT = CONTENT_TYPE_LATEST.partition(";")[0]
 
 router = APIRouter(tags=["health"])
 
@@ -15,6 +18,13 @@ router = APIRouter(tags=["health"])
 async def healthz() -> Health:
     """The process lives."""
     return Health(status="ok")
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {_TEXT: {}}}, **problems(503)})
+async def metrics(services: Served) -> Response:
+    """Prometheus: this API process' counters, and what the workers last told of themselves."""
+    pool, units = await services.broker.pool(), await services.broker.queued_units()
+    return Response(services.metrics.exposition(pool, units), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/readyz", response_model=Health, responses=problems(503))

@@ -72,12 +72,13 @@ async def generate(request: Request, services: Served) -> Response:
     later = _prefers_async(request)
     deadline = asyncio.get_running_loop().time() + (body.timeout or services.settings.request_timeout)
     drawing, job = await _resolve(body, services, request, streamed=later or answer == sse.MEDIA_TYPE)
+    watch = services.metrics.job(job.model, "draw")
     if later or job.key is not None:  # it may be that an earlier request's job stands for this one
         job_id = await services.broker.submit(job)
         drawing = Drawing.unpack((await services.broker.status(job_id)).job.about)
-        told_of = attend(services.broker, job_id)
+        told_of = attend(services.broker, job_id, watch=watch)
     else:
-        told_of = follow(services.broker, job)
+        told_of = follow(services.broker, job, watch)
     if later:
         accepted = JobResponse(id=job_id, model=job.model, status="queued")
         headers = {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"}

@@ -71,7 +71,8 @@ async def score(request: Request, services: Served) -> Response:
         timeout=timeout,
         tenant=tenant(request),
     )
-    told = await unless_hung_up(request.receive, outcome(follow(services.broker, job), deadline))
+    watched = follow(services.broker, job, services.metrics.job(job.model, "score"))
+    told = await unless_hung_up(request.receive, outcome(watched, deadline))
     answer = _answer(options, version, likelihood, _complete(told, len(pixels)), resized)
     return Response(answer.model_dump_json(), media_type=JSON)
 

@@ -1,0 +1,109 @@
+"""What an operator watches: counters and histograms of this API process, and what the workers last told of themselves.
+
+Names follow Prometheus' conventions: `_total` counts, `_seconds` are times, `_ratio` is between 0 and 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from service.broker import WorkerState
+from service.messages import Completed
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
+
+
+class Metrics:
+    """One of these for each application, never a global."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"drawwell_{name}", what, labels, registry=self.registry)
+
+        def histogram(name: str, what: str, *labels: str) -> Histogram:
+            return Histogram(f"drawwell_{name}", what, labels, registry=self.registry, buckets=_SECONDS)
+
+        self._requests = counter("http_requests", "Requests answered", "route", "method", "status")
+        self._request_seconds = histogram("http_request_seconds", "From a request to the end of its answer", "route")
+        self._jobs = counter("jobs", "Jobs that ended, by how", "model", "kind", "outcome")
+        self._refused = counter("refused", "Requests refused for want of room, time or workers", "reason")
+        self._queue_seconds = histogram("queue_seconds", "From a job's submission to its first step", "model", "kind")
+        self._compute_seconds = histogram("compute_seconds", "Of the steps that a job took part in", "model", "kind")
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, method, str(status)).inc()
+        self._request_seconds.labels(route).observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(reason).inc()
+
+    def job(self, model: str, kind: str) -> JobWatch:
+        return JobWatch(self, model, kind)
+
+    def ended(self, model: str, kind: str, outcome: str, completed: Completed | None) -> None:
+        self._jobs.labels(model, kind, outcome).inc()
+        if completed is not None:
+            self._queue_seconds.labels(model, kind).observe(completed.queue_seconds)
+            self._compute_seconds.labels(model, kind).observe(completed.compute_seconds)
+
+    def exposition(self, pool: Sequence[WorkerState], queued_units: int) -> bytes:
+        """Everything, in Prometheus' text format."""
+        told = CollectorRegistry()
+        told.register(_Pool(pool, queued_units))
+        return generate_latest(self.registry) + generate_latest(told)
+
+
+class JobWatch:
+    """Counts one job's end, once."""
+
+    def __init__(self, metrics: Metrics, model: str, kind: str) -> None:
+        self._metrics, self._model, self._kind = metrics, model, kind
+        self._open = True
+
+    def ended(self, outcome: str, completed: Completed | None = None) -> None:
+        if self._open:
+            self._open = False
+            self._metrics.ended(self._model, self._kind, outcome, completed)
+
+
+class _Pool:
+    """The workers' own numbers, as they last told them."""
+
+    def __init__(self, pool: Sequence[WorkerState], queued_units: int) -> None:
+        self._pool, self._queued_units = pool, queued_units
+
+    def collect(self) -> Iterator[Metric]:
+        workers = GaugeMetricFamily("drawwell_workers", "Worker processes, by whether they are ready", labels=["state"])
+        ready = sum(worker.ready for worker in self._pool)
+        workers.add_metric(["ready"], ready)
+        workers.add_metric(["not-ready"], len(self._pool) - ready)
+        yield workers
+        yield GaugeMetricFamily("drawwell_queued_units", "Step-units of jobs that have not ended", self._queued_units)
+        labels = ["worker", "model", "kind"]
+        steps = CounterMetricFamily("drawwell_steps", "Steps taken", labels=labels)
+        rows = CounterMetricFamily("drawwell_step_rows", "Rows (images) over all steps", labels=labels)
+        seconds = CounterMetricFamily("drawwell_step_seconds", "Device time of all steps", labels=labels)
+        use = GaugeMetricFamily("drawwell_batch_utilisation_ratio", "Rows per step of the most it holds", labels=labels)
+        running = GaugeMetricFamily("drawwell_running_rows", "Rows that step now", labels=labels)
+        waiting = GaugeMetricFamily("drawwell_waiting_rows", "Rows that wait in the worker", labels=labels)
+        cost = GaugeMetricFamily(
+            "drawwell_step_cost_seconds", "Fitted: a step takes row · rows + step", labels=[*labels, "term"]
+        )
+        for worker in self._pool:
+            for name, load in worker.load.items():
+                model, _, kind = name.rpartition("/")
+                whose = [worker.name, model, kind]
+                steps.add_metric(whose, load.steps)
+                rows.add_metric(whose, load.rows)
+                seconds.add_metric(whose, load.seconds)
+                use.add_metric(whose, load.rows / (load.steps * load.max_rows) if load.steps else 0.0)
+                running.add_metric(whose, load.running)
+                waiting.add_metric(whose, load.waiting)
+                cost.add_metric([*whose, "row"], load.row_seconds)
+                cost.add_metric([*whose, "step"], load.step_seconds)
+        yield from (steps, rows, seconds, use, running, waiting, cost)

@@ -1,0 +1,79 @@
+"""GET /metrics: what was asked, answered and refused, and what the workers told of themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from api_fakes import Api, ready_worker
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.broker import QueueFull, WorkerState
+from service.scheduler import Load
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Api:
+    return Api(tmp_path)
+
+
+async def samples(api: Api) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    answer = await api.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+async def test_requests_and_jobs_are_counted(api: Api) -> None:
+    for _ in range(3):
+        await api.post("/generate", {"model": "gan"})
+    await api.post("/generate", {"model": "gan", "n": 0})
+    found = await samples(api)
+    generate = {"route": "/generate", "method": "POST"}
+    assert found["drawwell_http_requests_total", key(**generate, status="200")] == 3
+    assert found["drawwell_http_requests_total", key(**generate, status="422")] == 1
+    assert found["drawwell_http_request_seconds_count", key(route="/generate")] == 4
+    assert found["drawwell_jobs_total", key(model="gan", kind="draw", outcome="done")] == 3
+    assert found["drawwell_queue_seconds_sum", key(model="gan", kind="draw")] == pytest.approx(0.75)
+    assert found["drawwell_compute_seconds_sum", key(model="gan", kind="draw")] == pytest.approx(4.5)
+
+
+async def test_refusals_are_counted_by_their_reason(api: Api) -> None:
+    api.broker.refusal = QueueFull(3.0, 10, 10)
+    await api.post("/generate", {"model": "gan"})
+    assert (await samples(api))["drawwell_refused_total", key(reason="busy")] == 1
+
+
+async def test_workers_tell_of_themselves(api: Api) -> None:
+    load = {"gan/draw": Load(10, 320, 1.5, 3, 4, 64, 0.001, 0.002)}
+    ready = ready_worker()
+    api.broker.states = [
+        WorkerState("w", "cpu", True, ready.models, load, 2),
+        WorkerState("v", "cpu", False),
+    ]
+    found = await samples(api)
+    whose = {"worker": "w", "model": "gan", "kind": "draw"}
+    assert found["drawwell_workers", key(state="ready")] == 1
+    assert found["drawwell_workers", key(state="not-ready")] == 1
+    assert found["drawwell_steps_total", key(**whose)] == 10
+    assert found["drawwell_step_rows_total", key(**whose)] == 320
+    assert found["drawwell_batch_utilisation_ratio", key(**whose)] == 0.5
+    assert found["drawwell_running_rows", key(**whose)] == 3
+    assert found["drawwell_waiting_rows", key(**whose)] == 4
+    assert found["drawwell_step_cost_seconds", key(**whose, term="row")] == 0.001
+    assert found["drawwell_queued_units", key()] == 0
+
+
+def key(**labels: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(labels.items()))
