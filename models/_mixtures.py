@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 
-def given(log_prior: Tensor, labels: Tensor) -> Tensor:
-    """(B, C) log p(class | label): the prior (C,) where the label is -1, else certainty."""
+def given(log_prior: Tensor, labels: Tensor, noise: float = 0.0) -> Tensor:
+    """(B, C) log p(class | label), where a share `noise` of labels says nothing: the prior (C,) for the label -1, else
+    the label's class, but with the probability `noise` the prior again. Averaged over labels it is the prior."""
     classes = torch.arange(len(log_prior), device=labels.device)
-    known = torch.where(classes == labels[:, None], 0.0, -torch.inf).to(log_prior.dtype)
-    return torch.where(labels[:, None] < 0, log_prior, known)
+    told = (classes == labels[:, None]) * (1 - noise) + noise * log_prior.exp()
+    return torch.where(labels[:, None] < 0, log_prior, told.to(log_prior.dtype).log())
 
 
 def choose(log_weights: Tensor, uniforms: Tensor) -> Tensor:

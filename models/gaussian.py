@@ -47,6 +47,7 @@ class Config:
     components: int = 1  # Gaussians, of each class where `by_class`
     rank: int | None = None  # factors that the pixels of a component share; None: any covariance
     by_class: bool = False  # p(x | y) for every label y, and the labels' prior
+    label_noise: float = 0.001  # share of labels that are taken to say nothing; Gaussians have no tails of their own
     iterations: int = 100  # of EM, at most; a single full covariance needs none
     tolerance: float = 1e-4  # bits/dim that an iteration has to gain for EM to go on
     temperature: float = 1.0  # default of a request: scales deviations from a component's mean
@@ -171,7 +172,7 @@ class Model(_protocol.Model, OnePassDensity):
 
     def log_weights_given(self, labels: Tensor) -> Tensor:
         """(B, K) log probabilities of the Gaussians given labels (B,), float64."""
-        by_class = _mixtures.given(self.log_prior.double().log_softmax(dim=0), labels)
+        by_class = _mixtures.given(self.log_prior.double().log_softmax(dim=0), labels, self.config.label_noise)
         within = self.log_weights.double().log_softmax(dim=1)
         return (by_class[:, :, None] + within).flatten(1)
 
@@ -322,6 +323,8 @@ def _check(config: Config, space: ImageSpace) -> None:
         raise ValueError(f"rank: {config.rank} is not in 1 … {space.dims - 1}; None for any covariance")
     if config.by_class and not space.labels:
         raise ValueError("by_class: True, but the images have no labels")
+    if not 0 <= config.label_noise < 1:
+        raise ValueError(f"label_noise: {config.label_noise} is not in [0, 1)")
     if config.iterations < 1:
         raise ValueError(f"iterations: {config.iterations}; at least 1")
     if not config.tolerance >= 0:

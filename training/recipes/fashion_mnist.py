@@ -212,7 +212,10 @@ def flow_matching() -> Run:
 
 
 def gaussian() -> Run:
-    """One Gaussian with a full covariance, the closed form of maximum likelihood: seconds."""
+    """One Gaussian with a full covariance, the closed form of maximum likelihood: 5 CPU seconds of one thread.
+
+    Reached 6.462 bits/dim on the 10,000 test images. The samples are ghosts.
+    """
     return Run(
         family="gaussian",
         config=models.gaussian.Config(),
@@ -226,7 +229,11 @@ def gaussian() -> Run:
 
 
 def gaussian_mixture() -> Run:
-    """Eighteen Gaussians for each class, two shared factors and noise of each pixel's own: ten CPU minutes of EM."""
+    """Eighteen Gaussians for each class, two shared factors and noise of each pixel's own: 3 CPU minutes of EM.
+
+    Reached on the 10,000 test images 4.591 bits/dim without labels and 5.72 given them, of which ten images make 1.08
+    (docs/families/gaussian.md); a classifier agreed with the asked label on 0.794 of 1,000 samples.
+    """
     return Run(
         family="gaussian",
         config=models.gaussian.Config(components=18, rank=2, by_class=True, iterations=60),
@@ -254,10 +261,10 @@ def bayesnet() -> Run:
 
 
 def naive_bayes() -> Run:
-    """Naive Bayes: pixels that depend on the class alone, in 32 bins of grey: seconds of counting."""
+    """Naive Bayes: pixels that depend on the class alone, in 16 bins of grey: seconds of counting."""
     return Run(
         family="bayesnet",
-        config=models.bayesnet.Config(by_class=True, tree=False, bins=32),
+        config=models.bayesnet.Config(by_class=True, tree=False, bins=16),
         data="fashion-mnist",
         steps=0,
         batch_size=500,
