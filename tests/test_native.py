@@ -116,6 +116,58 @@ def test_what_was_compiled_is_kept(native: pytest.MonkeyPatch, tmp_path: Path) -
     assert kept.stat().st_mtime_ns == made.st_mtime_ns
 
 
+needs_v3 = pytest.mark.skipif(
+    not _native.NEEDS["x86-64-v3"] <= set(_native._features().split()),
+    reason="this machine's processor is no x86-64-v3",
+)
+
+
+@needs_compiler
+@needs_v3
+def test_what_was_made_ahead_needs_no_compiler_and_draws_the_same(native: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As container images carry it: compiled for a kind of processor, then read by a user who cannot write there."""
+    made, asked = model(GREY, 64, 256), draws(GREY, 6)
+    for_this_machine = drawn(made, made.init(asked))
+    native.setenv("DRAWWELL_NATIVE_MARCH", "x86-64-v3")
+    native.setenv("DRAWWELL_NATIVE_CACHE", str(tmp_path))
+    assert _native.main() == 0
+    native.setenv("CC", "no-such-compiler")
+    _native.library.cache_clear()
+    tmp_path.chmod(0o555)
+    assert _native.library("pixelcnn") is not None
+    for_its_kind = drawn(made, made.init(asked))
+    assert torch.equal(for_its_kind.levels, for_this_machine.levels)
+    assert torch.equal(for_its_kind.pixels, for_this_machine.pixels)
+
+
+@needs_compiler
+def test_what_was_made_ahead_is_told_apart_by_its_source(native: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    native.setenv("DRAWWELL_NATIVE_MARCH", "x86-64-v3")
+    native.setenv("DRAWWELL_NATIVE_CACHE", str(tmp_path / "kept"))
+    source = tmp_path / "_sum.c"
+    names = set()
+    for content in ("int f(void) { return 1; }", "int f(void) { return 2; }"):
+        source.write_text(content, encoding="utf-8")
+        names.add(_native._target(source, ["cc"], ["-march=x86-64-v3"]).name)
+    names.add(_native._target(source, ["another-compiler"], ["-march=x86-64-v3"]).name)
+    names.add(_native._target(source, ["cc"], ["-march=armv8-a"]).name)
+    assert len(names) == 3
+
+
+def test_a_processor_of_another_kind_does_without(native: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    native.setenv("DRAWWELL_NATIVE_MARCH", "x86-64-v3")
+    native.setattr(_native, "_features", lambda: "flags : fpu sse sse2 avx avx2 bmi1 bmi2 f16c movbe abm")
+    with caplog.at_level(logging.WARNING):
+        assert _native.library("pixelcnn") is None
+    assert "lacks fma" in caplog.text
+
+
+def test_without_a_compiler_nothing_is_made_ahead(native: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    native.setenv("DRAWWELL_NATIVE_CACHE", str(tmp_path))
+    native.setenv("CC", "no-such-compiler")
+    assert _native.main() == 1
+
+
 @pytest.mark.parametrize("variable", [("DRAWWELL_NATIVE", "0"), ("CC", "no-such-compiler"), ("CC", "")])
 def test_it_can_be_done_without(variable: tuple[str, str], native: pytest.MonkeyPatch) -> None:
     native.setenv(*variable)
