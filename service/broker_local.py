@@ -28,6 +28,7 @@ import msgpack
 
 from service.broker import (
     CANCELLED,
+    MAX_DEATHS,
     Broker,
     Claims,
     Event,
@@ -43,7 +44,6 @@ from service.broker import (
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3  # workers that a job may take down with it
 FRAME_LIMIT = 256 * 2**20  # bytes
 
 
@@ -54,6 +54,7 @@ class _Record:
     job: Job
     submitted: float  # on the broker's clock
     worker: str | None = None  # who has it; None while it is queued
+    began: bool = False  # whether that one has told anything of it
     events: list[Event] = field(default_factory=list)
     ended: bool = False
     lost: str | None = None  # why it ended without an answer
@@ -190,6 +191,7 @@ class LocalBroker(Broker):
             record = self._records.get(job_id)
             if record is None or record.ended or record.worker != name:
                 return  # cancelled meanwhile, or no longer its job
+            record.began = True
             told = len(record.events)
             record.events += [Event(payload, final, told + k) for k, (payload, final) in enumerate(events, start=1)]
             if record.events[-1].final:
@@ -215,17 +217,19 @@ class LocalBroker(Broker):
                 name = min(takers)[1]
                 link = self._links[name]
                 queue.remove(job_id)
-                record.worker, link.wanted = name, ()
+                record.worker, record.began, link.wanted = name, False, ()
                 link.jobs[job_id] = None
                 waited = self._clock() - record.submitted
                 _send(link.writer, "job", dataclasses.asdict(dataclasses.replace(record.job, queued_seconds=waited)))
 
     def _give_back(self, name: str, link: _Link) -> None:
         """A worker is gone: its jobs go to others."""
-        for job_id in [j for j in link.jobs if self._records[j].job.attempt >= MAX_ATTEMPTS]:
+        for job_id in list(link.jobs):
             record = self._records[job_id]
-            self._end(record, lost=f"{record.job.attempt} workers stopped while they worked on it")
-            del link.jobs[job_id]
+            record.job = dataclasses.replace(record.job, deaths=record.job.deaths + record.began)
+            if record.job.deaths >= MAX_DEATHS:
+                self._end(record, lost=f"{record.job.deaths} workers stopped while they worked on it")
+                del link.jobs[job_id]
         if link.jobs:
             log.warning("worker %s stopped; its %d jobs are queued again", name, len(link.jobs))
         self._queue_again(link.jobs, attempts=1)

@@ -45,6 +45,7 @@ from service._redis import (
 )
 from service.broker import (
     CANCELLED,
+    MAX_DEATHS,
     Broker,
     BrokerAway,
     Claims,
@@ -62,7 +63,6 @@ from service.broker import (
 log = logging.getLogger(__name__)
 
 GROUP = "workers"
-MAX_ATTEMPTS = 3  # workers that a job may take down with it
 POLL_SECONDS = 1.0  # between looks without being told, in case a message on a channel was lost
 POSITIONS = 1000  # that a place in a queue is counted up to
 LONGEST = 24 * 3600.0  # seconds that a job without a timeout of its own may take
@@ -393,11 +393,11 @@ class RedisClaims(Claims):
             await self._store.commands.xack(queue, GROUP, entry)
             return
         job_id = fields[b"job"]
-        taken = await self._store.run("take", queue, entry, job_id, self.name, MAX_ATTEMPTS)
+        taken = await self._store.run("take", queue, entry, job_id, self.name, MAX_DEATHS)
         if taken is None:
             return
-        packed, attempt, waited = taken
-        job = dataclasses.replace(_job_in(packed), attempt=attempt, queued_seconds=waited / 1000)
+        packed, attempt, deaths, waited = taken
+        job = dataclasses.replace(_job_in(packed), attempt=attempt, deaths=deaths, queued_seconds=waited / 1000)
         try:
             job = dataclasses.replace(job, payload=await self._store.fetch(job.payload))
         except JobLost as e:

@@ -163,6 +163,11 @@ class Engine:
         """Drop a job at the next step; it tells `Failed("cancelled")`."""
         self._scheduler.cancel(job_id)
 
+    def forget(self, job_id: str) -> None:
+        """Drop a job without a word: somebody else does it."""
+        self._scheduler.drop(job_id)
+        self._jobs.pop(job_id, None)
+
     @property
     def jobs(self) -> int:
         """Jobs that have not ended."""

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -28,7 +28,7 @@ import torch
 
 from models import _checkpoint
 from models._protocol import Model
-from service.broker import Claims, Event, Job, ModelState, WorkerState
+from service.broker import SUSPECT, Claims, Event, Job, ModelState, WorkerState
 from service.broker_local import LocalClaims
 from service.engine import Engine
 from service.messages import Failed, Generate, Message, ScoreImages, pack, unpack
@@ -101,6 +101,7 @@ class Worker:
         self._held: dict[str, Job] = {}
         self._models: dict[str, ModelState] = {}
         self._announced = 0.0  # when, on the clock
+        self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
         self._ready = False
         self._talk: _Talk | None = None
         self._engine = Engine(self._emit, device, max_rows)
@@ -136,14 +137,10 @@ class Worker:
             busy = self._engine.step()
             self._flush()
             if self._ends_at is not None and (not self._held or time.monotonic() >= self._ends_at):
-                self._hand_back()
+                if self._held:
+                    log.warning("handing back %d jobs that did not come to their end in time", len(self._held))
+                self._give_back(list(self._held.values()))
                 return
-
-    def _hand_back(self) -> None:
-        assert self._talk is not None
-        if self._held:
-            log.warning("handing back %d jobs that did not come to their end in time", len(self._held))
-            self._talk.hand_back(list(self._held))
 
     def _commands(self, wait: bool) -> list[_Command]:
         commands = [self._inbox.get()] if wait else []
@@ -174,6 +171,13 @@ class Worker:
             self._announce()
 
     def _take(self, job: Job) -> None:
+        if self._suspect is not None:
+            self._give_back([job])
+            return
+        if job.deaths >= SUSPECT:
+            log.warning("job %s: %d workers stopped while they worked on it; it runs alone now", job.id, job.deaths)
+            self._suspect = job.id
+            self._give_back(list(self._held.values()))
         self._held[job.id] = job
         self._rows[job.model] += job.rows
         self._claim()
@@ -184,6 +188,17 @@ class Worker:
             self._engine.submit(job.id, job.model, task, job.priority, job.timeout, job.queued_seconds, job.tenant)
         except ValueError as e:  # a job is input: whatever is wrong with it concerns it alone
             self._emit(job.id, Failed("internal", str(e)), True)
+
+    def _give_back(self, jobs: Sequence[Job]) -> None:
+        """Let others do these."""
+        assert self._talk is not None
+        for job in jobs:
+            self._engine.forget(job.id)
+            self._outbox.pop(job.id, None)
+            if self._held.pop(job.id, None) is not None:
+                self._rows[job.model] -= job.rows
+        if jobs:
+            self._talk.hand_back([job.id for job in jobs])
 
     def _serve(self, new: _NewModel) -> None:
         try:
@@ -210,6 +225,8 @@ class Worker:
         self._outbox.setdefault(job_id, []).append(Event(pack(message), final))
         if final and (job := self._held.pop(job_id, None)) is not None:
             self._rows[job.model] -= job.rows
+            if job_id == self._suspect:
+                self._suspect = None
 
     def _flush(self) -> None:
         if self._outbox:
@@ -231,7 +248,7 @@ class Worker:
     def _claim(self) -> None:
         """Ask for more work for the models that have room."""
         assert self._talk is not None
-        if self._ends_at is not None:
+        if self._ends_at is not None or self._suspect is not None:
             self._talk.want([])
             return
         room = [

@@ -145,12 +145,28 @@ async def test_a_job_that_takes_three_workers_down_is_lost_with_a_reason(kind: K
             async with workers(kind, broker, f"w{k}") as [w]:
                 if k == 0:
                     await broker.submit(job("poison"))
-                assert (await claim(w)).attempt == k + 1
+                taken = await claim(w)
+                assert (taken.attempt, taken.deaths) == (k + 1, k)
+                await w.claims.publish("poison", [Event(b"began")])
         async with workers(kind, broker, "w3") as [w]:
             waiting = asyncio.create_task(claim(w))
             with pytest.raises(JobLost, match="3 workers stopped while they worked on it"):
                 await told(broker, "poison")
             waiting.cancel()
+
+
+async def test_a_job_that_had_not_begun_is_not_blamed_for_its_workers_death(kind: Kind) -> None:
+    async with kind.broker() as broker:
+        for k in range(5):
+            async with workers(kind, broker, f"w{k}") as [w]:
+                if k == 0:
+                    await broker.submit(job("innocent"))
+                taken = await claim(w)
+                assert (taken.attempt, taken.deaths) == (k + 1, 0)
+        async with workers(kind, broker, "last") as [w]:
+            await claim(w)
+            await w.claims.publish("innocent", [Event(b"done", final=True)])
+            assert await told(broker, "innocent") == [b"done"]
 
 
 async def test_jobs_handed_back_go_to_another_worker_and_it_does_not_count(kind: Kind) -> None:

@@ -3,6 +3,7 @@ local id, worker, attempt, final = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local key = job_key(id)
 local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'home')
 if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 0 end
+redis.call('HSET', key, 'began', 1)
 local last = #ARGV
 local number = redis.call('HINCRBY', key, 'told', last - 5) - (last - 5)
 for k = 6, last do
