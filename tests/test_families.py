@@ -85,7 +85,14 @@ TINY: dict[str, tuple[dict[str, Any], ImageSpace]] = {
     ),
     "glow": ({"couplings": (2, 2), "widths": (8, 8), "maps": 2}, LABELLED),
     "latent_diffusion": (
-        {"widths": (8, 8), "code_channels": 2, "channels": 16, "blocks": 1, "autoencoder_share": 0.4},
+        {
+            "widths": (8, 8),
+            "code_channels": 2,
+            "critic_width": 8,
+            "channels": 16,
+            "blocks": 1,
+            "autoencoder_share": 0.5,
+        },
         LABELLED,
     ),
     "nice": ({"couplings": ("convolutional", "convolutional", "dense", "dense"), "units": 8, "channels": 8}, LABELLED),
