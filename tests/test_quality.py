@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from models import _checkpoint, consistency, vae
+from models import _checkpoint, boltzmann, consistency, vae
 from models._protocol import UNLABELLED, Draw, ImageSpace
 from training import measure, pictures, quality
 from training.card import card
@@ -243,6 +243,14 @@ def test_a_likelihood_is_measured_on_the_first_images(digits: Dataset) -> None:
     few = measure.log_probs(model, test, labelled=True, limit=20, batch=7)
     np.testing.assert_allclose(few.values, whole.values[:20], rtol=1e-5)
     assert not np.allclose(few.values, measure.log_probs(model, test, labelled=False, limit=20).values)
+
+
+def test_the_error_of_an_estimate_is_measured_with_it(digits: Dataset) -> None:
+    model = boltzmann.Model(boltzmann.Config(hidden=(4,), chains=10, particles=2), digits.space)
+    with torch.no_grad():
+        model.log_z.copy_(torch.tensor([0.0, 0.3, 0.4])[:, None])
+    found = measure.log_probs(model, digits.splits["test"], labelled=True, limit=9, batch=4)
+    np.testing.assert_allclose(found.stderr, [0.5] * 9, rtol=1e-6)
 
 
 def test_sets_of_real_images_are_disjoint_and_of_the_same_classes(digits: Dataset) -> None:

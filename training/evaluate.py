@@ -131,12 +131,18 @@ def _likelihood(model: Model, data: Dataset, settings: Settings, bars: _Bars) ->
         with bars.task(f"likelihood, {split}{' given labels' if labelled else ''}") as report:
             nats = log_probs(model, data.splits[split], labelled, limit, settings.batch, report)
         how: Metric = {"kind": likelihood.kind, "dequantisation": likelihood.dequantisation, "note": likelihood.note}
+        if nats.stderr is not None:
+            error = -in_bits(nats.stderr).mean()
+            how |= {
+                "stderr_of_one": _significant(error),
+                "note": f"{how['note']}; standard error of one image's {error:.2g} bits/dim",
+            }
         if nats.coarse is not None and nats.converged is not None:
             coarse, converged = in_bits(nats.coarse).mean(), nats.converged.mean()
             how |= {
                 "coarse": _significant(coarse),
                 "converged": _significant(converged),
-                "note": f"{likelihood.note}; half the steps give {coarse:.4g}, {converged:.0%} of the images converged",
+                "note": f"{how['note']}; half the steps give {coarse:.4g}, {converged:.0%} of the images converged",
             }
         return in_bits(nats.values), how
 

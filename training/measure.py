@@ -65,6 +65,7 @@ class LogProbs:
     values: NDArray[np.float64]  # (n,)
     coarse: NDArray[np.float64] | None = None  # (n,) of an integral, in half the steps
     converged: NDArray[np.float64] | None = None  # (n,) 1.0 where the two are nearly the same, else 0.0
+    stderr: NDArray[np.float64] | None = None  # (n,) of each estimate
 
 
 def log_probs(
@@ -78,6 +79,7 @@ def log_probs(
     limit = min(limit, len(split))
     values: list[Tensor] = []
     integrals: list[Tensor] = []  # (coarse, converged), (2, B)
+    errors: list[Tensor] = []
     with torch.inference_mode():
         for start in range(0, limit, batch):
             part = split.take(np.arange(start, min(start + batch, limit)))
@@ -88,8 +90,11 @@ def log_probs(
             values.append(score.log_prob.double().cpu())
             if score.converged is not None:
                 integrals.append(torch.stack([score.statistics["coarse_log_prob"], score.converged]).double().cpu())
+            if score.stderr is not None:
+                errors.append(score.stderr.double().cpu())
             report(start + len(part), limit)
-    return LogProbs(torch.cat(values).numpy(), *(torch.cat(integrals, dim=1).numpy() if integrals else ()))
+    coarse, converged = torch.cat(integrals, dim=1).numpy() if integrals else (None, None)
+    return LogProbs(torch.cat(values).numpy(), coarse, converged, torch.cat(errors).numpy() if errors else None)
 
 
 def reconstructions(model: Model, split: Split, batch: int) -> NDArray[np.uint8]:
