@@ -51,7 +51,7 @@ class Config:
     label_dropout: float = 0.1  # how often training hides the label, so that p(x) is learnt next to p(x | y)
     guidance_scale: float = 1.5  # default of a request
     default_steps: int = 16
-    score_steps: int = 16  # of a likelihood, even; half as many are taken to compare with
+    score_steps: int = 24  # of a likelihood, even; half as many are taken to compare with
     probes: int = 2  # random ones a step that estimate a trace; 0: it is computed exactly, by one for each dimension
 
 
@@ -126,7 +126,7 @@ class LikelihoodRows(Rows):
 
 
 class Flow(Model, Density):
-    """A model whose samples follow dx/ds. A family gives the field and its ends, the objective, its solvers' tables.
+    """A model whose samples follow dx/ds. A family gives the field, its ends and the objective.
 
     A score takes `score_steps` steps of RK4 after half as many to compare with. The probes are drawn anew in every step
     of the coarser way; the finer one has the same, so that the two differ by their steps alone.
@@ -187,8 +187,12 @@ class Flow(Model, Density):
         """(slope, estimate) at x (B, C, H, W) and s, labels, guidance (B,): 1 is the plain conditional model."""
 
     @abc.abstractmethod
-    def solver_table(self, solver: str, steps: int) -> Tensor:
-        """(ticks, columns); of an adaptive solver, one step of size 1, which its rows scale and repeat."""
+    def way(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(u, du/ds), of any shape: the family's own variable, in which a single image's way is straight."""
+
+    @abc.abstractmethod
+    def back(self, u: Tensor) -> Tensor:
+        """s where the variable is u."""
 
     # ---- sampling
 
@@ -205,6 +209,10 @@ class Flow(Model, Density):
             start=self.start,
             device=self.device,
         )
+
+    def solver_table(self, solver: str, steps: int) -> Tensor:
+        """(ticks, columns); of an adaptive solver, one step of size 1, which its rows scale and repeat."""
+        return _ode.solver_table(solver, steps, self.way, self.back)
 
     def step(self, rows: Trajectory) -> Trajectory:
         s, _ = _ode.present(rows)

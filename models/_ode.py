@@ -10,7 +10,7 @@ The way is measured in s, 0 at the noise and 1 at the data. How a family's own t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +43,25 @@ def points(steps: int) -> Tensor:
     return torch.arange(steps, dtype=torch.float64) / steps
 
 
-def solver_table(solver: str, steps: int) -> Tensor:
-    """(ticks, columns) of `models._solvers`, for one of `METHODS`. Raises `ValueError` for another."""
+def solver_table(
+    solver: str, steps: int, way: Callable[[Tensor], tuple[Tensor, Tensor]], back: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """(ticks, columns) of `models._solvers`, for one of `METHODS`. Raises `ValueError` for another.
+
+    way: s -> (u, du/ds), and back: u -> s. Steps begin at `points`, but are taken in the variable u, in which the way
+    of a single image is straight: so few steps leave no noise in what the network is sure of. Adaptive ones go in s.
+    """
+    if solver not in METHODS:
+        raise ValueError(f"solver: {solver!r}; there are {', '.join(METHODS)}")
+    method = METHODS[solver]
     if solver in ADAPTIVE:
-        return _solvers.runge_kutta(torch.tensor([0.0, 1.0], dtype=torch.float64), METHODS[solver])
-    if solver in METHODS:
-        return ended(_solvers.runge_kutta(points(steps), METHODS[solver]), points(steps)[-1])
-    raise ValueError(f"solver: {solver!r}; there are {', '.join(METHODS)}")
+        return _solvers.runge_kutta(torch.tensor([0.0, 1.0], dtype=torch.float64), method)
+    table = _solvers.runge_kutta(way(points(steps))[0], method)
+    table[:, TIME] = back(table[:, TIME])
+    ds_du = 1 / way(table[:, TIME])[1]
+    for j in range(len(method.nodes)):  # b_j stands with the slope of j ticks ago
+        table[j:, PREDICTION + j] *= ds_du[: max(0, len(table) - j)]
+    return ended(table, points(steps)[-1])
 
 
 def ended(ticks: Tensor, time: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ A network learns the velocity that carries noise x₀ ~ N(0, 1) at t = 0 to an i
 What differs from the paper: a part of the times is drawn so that the low noise, on which the likelihood depends, is
 met often enough; labels with classifier-free guidance (2207.12598); the noises of a batch may be paired with the images
 of least squared distance (mini-batch optimal transport, 2302.00482, §3.2), within each class, so that the noise still
-says nothing about the label; the ODE is solved in s, where σ_t = (1 − s (1 − σ_min^⅓))³, which gives low noise its
-share of the steps; images are dequantised by the path's own last noise, cut off at the bins
+says nothing about the label; steps begin evenly in s, where σ_t = (1 − s (1 − σ_min^⅓))³, which gives low noise its
+share of them; images are dequantised by the path's own last noise, cut off at the bins
 (`models._continuous_flow`).
 
     variable    paper
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models import _continuous_flow, _ode
+from models import _continuous_flow
 from models._assignment import least_cost_pairs
 from models._continuous_flow import HALF_BIN, LAST_NOISE, Flow, views
 from models._diffusion import column, stratified
@@ -71,11 +71,18 @@ class Model(Flow, Denoiser):
         """σ_t where the way is at s."""
         return (1 - s * (1 - math.cbrt(self.config.sigma_min))) ** 3
 
-    def _s(self, sigma: Tensor) -> Tensor:
-        return (1 - sigma ** (1 / 3)) / (1 - math.cbrt(self.config.sigma_min))
-
     def _t(self, sigma: Tensor) -> Tensor:
         return (1 - sigma) / (1 - self.config.sigma_min)
+
+    def way(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """(t, dt/ds)"""
+        sigma, least = self._sigma(s), self.config.sigma_min
+        return self._t(sigma), 3 * sigma ** (2 / 3) * (1 - math.cbrt(least)) / (1 - least)
+
+    def back(self, u: Tensor) -> Tensor:
+        """s where t is u."""
+        sigma, least = 1 - (1 - self.config.sigma_min) * u, self.config.sigma_min
+        return (1 - sigma ** (1 / 3)) / (1 - math.cbrt(least))
 
     def _velocity(self, x: Tensor, s: Tensor, labels: Tensor) -> Tensor:
         """v_θ (B, C, H, W) at x_t (B, C, H, W)."""
@@ -89,17 +96,14 @@ class Model(Flow, Denoiser):
 
     def field(self, x: Tensor, s: Tensor, labels: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
         velocity = guided(self._velocity, x, s, labels, guidance)
-        sigma = self._sigma(s)
-        least = self.config.sigma_min
-        dt_ds = 3 * sigma ** (2 / 3) * (1 - math.cbrt(least)) / (1 - least)
-        return column(dt_ds) * velocity, self._image(x, velocity, sigma)
+        return column(self.way(s)[1]) * velocity, self._image(x, velocity, self._sigma(s))
 
     def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
         """x̂₁ at t x, which lies on the path where σ_t / t = sigma."""
         least = self.config.sigma_min
         t = (1 / (sigma + 1 - least)).clamp(max=1.0)
         here, there = column(t) * x, 1 - (1 - least) * t
-        velocity = guided(self._velocity, here, self._s(there), labels, guidance)
+        velocity = guided(self._velocity, here, self.back(t), labels, guidance)
         return self._image(here, velocity, there)
 
     # ---- training
@@ -113,8 +117,9 @@ class Model(Flow, Denoiser):
         low = round(self.config.low_noise_share * b)
         sigma = torch.cat([least ** stratified(low, device), 1 - (1 - least) * stratified(b - low, device)])
         hidden = torch.rand(b, device=device) < self.config.label_dropout
-        x = column(self._t(sigma)) * image + column(sigma) * noise
-        velocity = self._velocity(x, self._s(sigma), batch.labels.masked_fill(hidden, -1))
+        t = self._t(sigma)
+        x = column(t) * image + column(sigma) * noise
+        velocity = self._velocity(x, self.back(t), batch.labels.masked_fill(hidden, -1))
         loss = (velocity - (image - (1 - least) * noise)).square().mean()
         yield "network", loss, {"mse": loss.detach()}
 
@@ -127,11 +132,6 @@ class Model(Flow, Denoiser):
             members = (labels == label).nonzero()[:, 0]
             pairs[members] = members[least_cost_pairs(cost[members][:, members])]
         return pairs
-
-    # ---- sampling
-
-    def solver_table(self, solver: str, steps: int) -> Tensor:
-        return _ode.solver_table(solver, steps)
 
 
 def _validate(config: Config) -> None:

@@ -16,8 +16,9 @@ What differs from the paper: the network sees cos φ x₀ + sin φ ε, tan φ = 
 v = cos φ ε − sin φ x₀ (2202.00512), whichever the SDE, so that one network knows all of them; denoising score matching
 with λ = g² as for maximum likelihood (2101.09258) for a share of the batch, and λ = σ² (1 + ρ²) at angles φ that are
 drawn evenly for the rest; labels with classifier-free guidance (2207.12598); time ends where ρ is 0.6 half levels
-instead of at 10⁻⁵, and images are dequantised by the noise there (`models._continuous_flow`); steps lie evenly in s,
-where ρ^(1/7) is linear (2206.00364, eq. 5); the corrector's step size is the paper's in expectation.
+instead of at 10⁻⁵, and images are dequantised by the noise there (`models._continuous_flow`); steps begin evenly in s,
+where ρ^(1/14) is linear (2206.00364, eq. 5), and the ODE's are taken in ρ; the corrector's step size is the paper's in
+expectation.
 
     variable    paper
     ratio       ρ                                       velocity    v
@@ -45,7 +46,7 @@ from models._protocol import Batch, Denoiser, ImageSpace
 SOLVERS = ("heun", "euler", "bogacki-shampine", "euler-maruyama", "predictor-corrector")
 EVALUATIONS = {"predictor-corrector": 2}
 MAX_STEPS = 1000
-POWER = 7  # of ρ in s
+POWER = 14  # the root of ρ that is linear in s: nearly its logarithm
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Config(_continuous_flow.Config):
     beta: tuple[float, float] = (0.1, 20.0)  # β_0, β_1 of vp and sub-vp
     sigma_max: float = 50.0  # of ve
     corrector_snr: float = 0.16  # r of the Langevin corrector (algorithm 4)
+    score_steps: int = 32
 
 
 # ------------------------------------------------------------------------------------------------------------------ SDE
@@ -173,18 +175,23 @@ class Model(Flow, Denoiser):
 
     # ---- the way
 
-    def _ratio(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def way(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(ρ, dρ/ds)"""
         first, last = self.first_ratio ** (1 / POWER), LAST_NOISE ** (1 / POWER)
         root = first + s * (last - first)
         return root**POWER, POWER * root ** (POWER - 1) * (last - first)
 
+    def back(self, u: Tensor) -> Tensor:
+        """s where ρ is u."""
+        first, last = self.first_ratio ** (1 / POWER), LAST_NOISE ** (1 / POWER)
+        s: Tensor = (u ** (1 / POWER) - first) / (last - first)
+        return s
+
     def _velocity(self, x: Tensor, ratio: Tensor, labels: Tensor) -> Tensor:
         """v (B, C, H, W) at x = x₀ + ρ ε. The network is told φ, and ρ where it is small, on the scale of s."""
-        first, last = self.first_ratio ** (1 / POWER), LAST_NOISE ** (1 / POWER)
         cosine = (1 + ratio.square()).rsqrt()
         shown = views(column(cosine) * x, cosine, cosine * ratio, self.detail_periods)
-        out: Tensor = self.network(shown, (ratio ** (1 / POWER) - first) / (last - first), labels)
+        out: Tensor = self.network(shown, self.back(ratio), labels)
         return out
 
     def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
@@ -196,7 +203,7 @@ class Model(Flow, Denoiser):
 
     def field(self, x: Tensor, s: Tensor, labels: Tensor, guidance: Tensor) -> tuple[Tensor, Tensor]:
         """The probability-flow ODE (eq. 13): f x − ½ g² s = f x + ½ (g² / σ) ε̂, where ½ (g² / σ) dt/ds = α dρ/ds."""
-        ratio, dratio_ds = self._ratio(s)
+        ratio, dratio_ds = self.way(s)
         t = self.sde.time(ratio)
         alpha = column(self.sde.kernel(t)[0])
         estimate = self.denoised(x / alpha, ratio, labels, guidance)
@@ -238,7 +245,7 @@ class Model(Flow, Denoiser):
 
     def solver_table(self, solver: str, steps: int) -> Tensor:
         if solver not in EVALUATIONS and solver != "euler-maruyama":
-            return _ode.solver_table(solver, steps)
+            return super().solver_table(solver, steps)
         s = _ode.points(steps)
         ticks = [self._predictor(s)]
         if solver == "predictor-corrector":
@@ -247,7 +254,7 @@ class Model(Flow, Denoiser):
 
     def _here(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(t, dt/ds, f, g²)"""
-        ratio, dratio_ds = self._ratio(s)
+        ratio, dratio_ds = self.way(s)
         t = self.sde.time(ratio)
         return t, self._dt_ds(t, dratio_ds), *self.sde.coefficients(t)
 

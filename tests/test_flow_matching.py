@@ -65,11 +65,15 @@ def solve(model: Any, solver: str, steps: int, n: int = 3) -> tuple[_ode.Traject
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
 def test_order_of_accuracy(solver: str, order: int) -> None:
+    """Half way: at the end, symmetries of this field raise the order of some."""
     model = gaussian_model()
 
     def error(steps: int) -> float:
-        rows, noise = solve(model, solver, steps)
-        return float((rows.x - flow(model, noise, torch.tensor(1 - 1 / steps))).abs().max())
+        rows = in_float64(model.init([Draw(k, 0, steps, solver) for k in range(3)]))
+        noise = rows.x.clone()
+        for _ in range(steps // 2 * model.spec.evaluations.get(solver, 1)):
+            rows = model.step(rows)
+        return float((rows.x - flow(model, noise, torch.tensor(0.5))).abs().max())
 
     few, many = (10, 20) if order == 4 else (40, 80)
     assert math.log(error(few) / error(many), 2) == pytest.approx(order, abs=0.35)
@@ -314,7 +318,7 @@ def test_the_objective_s_velocity_is_the_path_s_and_leads_to_the_image() -> None
         return model._t(sigma) * image + sigma * noise
 
     torch.testing.assert_close(model._image(x(s), velocity, model._sigma(s)), image)
-    torch.testing.assert_close(model._s(model._sigma(s)), s)
+    torch.testing.assert_close(model.back(model.way(s)[0]), s)
     model._velocity = lambda *at: velocity  # type: ignore[method-assign]
     slope, _ = model.field(x(s), s, torch.full((5,), -1), torch.ones(5))
     h = 1e-6

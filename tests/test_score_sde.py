@@ -40,7 +40,7 @@ def gaussian_model(kind: str = "vp", **config: Any) -> Model:
 
 def law(model: Model, s: float) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of x."""
-    alpha, sigma = model.sde.kernel(model.sde.time(model._ratio(torch.tensor(s, dtype=torch.float64))[0]))
+    alpha, sigma = model.sde.kernel(model.sde.time(model.way(torch.tensor(s, dtype=torch.float64))[0]))
     return alpha * MEAN, (alpha**2 * STD**2 + sigma**2).sqrt()
 
 
@@ -263,15 +263,15 @@ def test_the_objective_s_velocity_leads_to_the_image_and_its_slope_is_the_sde_s_
     model = Model(Config(sde=kind, **SMALL), SPACE)
     x0, noise = torch.randn(2, 5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     s = torch.linspace(0, 1, 5, dtype=torch.float64)
-    ratio = model._ratio(s)[0][:, None, None, None]
+    ratio = model.way(s)[0][:, None, None, None]
     model._velocity = lambda *at: (noise - ratio * x0) / (1 + ratio**2).sqrt()  # type: ignore[method-assign]
-    alpha, sigma = (part[:, None, None, None] for part in model.sde.kernel(model.sde.time(model._ratio(s)[0])))
+    alpha, sigma = (part[:, None, None, None] for part in model.sde.kernel(model.sde.time(model.way(s)[0])))
     slope, estimate = model.field(alpha * x0 + sigma * noise, s, torch.full((5,), -1), torch.ones(5))
     torch.testing.assert_close(estimate, x0, rtol=1e-6, atol=1e-6)
 
-    t = model.sde.time(model._ratio(s)[0])
+    t = model.sde.time(model.way(s)[0])
     h = 1e-6
-    dt_ds = (model.sde.time(model._ratio(s + h)[0]) - model.sde.time(model._ratio(s - h)[0])) / (2 * h)
+    dt_ds = (model.sde.time(model.way(s + h)[0]) - model.sde.time(model.way(s - h)[0])) / (2 * h)
     f, g2 = (part[:, None, None, None] for part in model.sde.coefficients(t))
     expected = (f * (alpha * x0 + sigma * noise) + 0.5 * g2 * noise / sigma) * dt_ds[:, None, None, None]
     torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-5)

@@ -44,7 +44,7 @@ class Settings:
     test_images: int = 10_000  # whose likelihood is computed: fewer where one takes many network evaluations
     train_images: int = 2_000  # for the gap between training and test
     evaluations: int = 256_000  # network evaluations that a likelihood may take, over all its images
-    products: int = 64_000  # the same where it takes derivatives of the network, each of which counts as one
+    products: int = 80_000  # the same where it takes derivatives of the network, each of which counts as one
     unseen: int = 5_000  # held-out images that the memorisation test is calibrated on
     likelihood: bool = True  # False: keep the likelihoods that model.json has, and measure all else anew
     batch: int = 64
