@@ -67,7 +67,7 @@ def solve(model: Any, solver: str, steps: int, n: int = 3) -> tuple[_ode.Traject
 def test_order_of_accuracy(solver: str, order: int) -> None:
     """Of the way to the middle. Midpoint is of second order (`test_solvers`), but not for Gaussian data on a straight
     path: x less its mean is the root of a quadratic in t, for which the leading error, a multiple of
-    x‴ x + 3 x′ x″, is zero."""
+    x d³x/dt³ + 3 (dx/dt) d²x/dt², is zero."""
     model = gaussian_model()
 
     def error(steps: int) -> float:
