@@ -114,7 +114,8 @@ class Spec:
 
     def ticks(self, steps: int, solver: str | None) -> int:
         """Ticks of a sample, an adaptive solver's only about: the last step, to no noise at all, always takes one."""
-        return (steps - 1) * self.evaluations.get(solver or "", 1) + 1
+        solver = solver or next(iter(self.solvers), "")
+        return (steps - 1) * self.evaluations.get(solver, 1) + 1
 
     def accepts(self) -> dict[str, JSON]:
         """Field of a generate request -> JSON schema of what this model takes there. Other fields are refused."""
