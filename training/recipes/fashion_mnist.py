@@ -264,10 +264,10 @@ def gaussian() -> Run:
 
 
 def gaussian_mixture() -> Run:
-    """Eighteen Gaussians for each class, two shared factors and noise of each pixel's own: 3 CPU minutes of EM.
+    """Eighteen Gaussians for each class, two shared factors and noise of each pixel's own: 76 seconds of EM.
 
-    Reached on the 10,000 test images 4.591 bits/dim without labels and 5.72 given them, of which ten images make 1.08
-    (docs/families/gaussian.md); a classifier agreed with the asked label on 0.794 of 1,000 samples.
+    Reached on the 10,000 test images 4.590 bits/dim without labels and 4.589 given them; a classifier agreed with the
+    asked label on 0.794 of 1,000 samples.
     """
     return Run(
         family="gaussian",
@@ -282,7 +282,11 @@ def gaussian_mixture() -> Run:
 
 
 def bayesnet() -> Run:
-    """Chow–Liu tree over pixels, with the class as a further parent of each: half a CPU minute of counting."""
+    """Chow–Liu tree over pixels, with the class as a further parent of each: 77 seconds of counting, one thread.
+
+    Reached on the 10,000 test images 3.553 bits/dim without labels and 3.562 given them, and its p(y | x) is right about
+    0.819 of them; a classifier agreed with the asked label on 0.756 of 1,000 samples.
+    """
     return Run(
         family="bayesnet",
         config=models.bayesnet.Config(by_class=True, bins=8),
@@ -296,7 +300,11 @@ def bayesnet() -> Run:
 
 
 def naive_bayes() -> Run:
-    """Naive Bayes: pixels that depend on the class alone, in 16 bins of grey: seconds of counting."""
+    """Naive Bayes: pixels that depend on the class alone, in 16 bins of grey: 3 seconds of counting, one thread.
+
+    Reached on the 10,000 test images 4.171 bits/dim without labels and 4.223 given them, and its p(y | x) is right about
+    0.739 of them; a classifier agreed with the asked label on 0.641 of 1,000 samples.
+    """
     return Run(
         family="bayesnet",
         config=models.bayesnet.Config(by_class=True, tree=False, bins=16),
