@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve train test check format bench clean
+.PHONY: help install demo serve train test test-docker check format bench clean
 
 help: ## list these words
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make the virtual environment and install everything, in the versions of constraints.txt
 
@@ -35,6 +35,9 @@ train: $(INSTALLED) ## train by a recipe: RECIPE=…; without one, list them
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-docker: ## build the images, and try the stack of docker-compose.yml with them (needs Docker)
+	docker/test.sh
 
 check: $(INSTALLED) ## format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
