@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from service import errors
 from service.broker import Broker
+from service.calibrations import Calibrations
 from service.catalog import Catalog
 from service.middleware import BodyLimit, RequestContext
 from service.routes import health, images, jobs, models, scores
@@ -25,7 +26,7 @@ VERSION = "0.1.0"
 
 def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
     """The application. While it runs it keeps the catalog fresh; starting broker and workers is the caller's."""
-    services = Services(settings, broker, catalog, limits(settings))
+    services = Services(settings, broker, catalog, limits(settings), Calibrations(settings.models))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

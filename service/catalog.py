@@ -44,7 +44,7 @@ class Version:
     accepts: Accepts
     metrics: dict[str, Any]
     weights_sha256: str
-    calibrated: bool  # it lists calibration.safetensors
+    calibration_sha256: str | None  # of calibration.safetensors, where there is one
 
 
 @dataclass(frozen=True)
@@ -194,5 +194,5 @@ def read(path: Path) -> Version:
         accepts=accepts,
         metrics=metrics,
         weights_sha256=files[WEIGHTS],
-        calibrated="calibration.safetensors" in files,
+        calibration_sha256=files.get("calibration.safetensors"),
     )

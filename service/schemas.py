@@ -80,6 +80,12 @@ class ScoreOptions(JobOptions):
     model: Annotated[ModelId, BeforeValidator(_one_model)]
     label: Annotated[Label | None, BeforeValidator(_label)] = None
     alpha: float = Field(0.01, gt=0, lt=1, description="false alarms to accept among normal images")
+    confidence: float | None = Field(
+        None, gt=0, lt=1, description="promise with this confidence that the true rate of false alarms is at most alpha"
+    )
+    fdr: float | None = Field(
+        None, gt=0, lt=1, description="judge the images together: at most this share of those named is to be normal"
+    )
     heatmap: bool = Field(False, description="also say where in the image it is unlikely")
     resize: bool = Field(
         False,
@@ -176,7 +182,7 @@ class Anomaly(Answer):
     p_value: float
     is_anomaly: bool
     alpha: float
-    threshold: float
+    threshold: float | None = Field(description="a score above it is an anomaly; null: none of the batch was")
     false_positive_rate_upper95: float
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from api_fakes import DENSITY, Api, after, b64, file_of, log_prob, picture, tell, write_model
 
+from anomaly.calibration import calibrate, describe
+from anomaly.complexity import compressed_bits
 from service.messages import Completed, Scored
 
 pytestmark = pytest.mark.anyio
@@ -46,7 +49,12 @@ async def test_the_answer_is_exactly_that_of_the_contract(api: Api) -> None:
                 "bits_per_dim": pytest.approx(-log_prob(x) / (60 * ln2), rel=1e-12),
                 "stderr": None,
                 "anomaly": None,
-                "statistics": {"nll_bits": pytest.approx(-log_prob(x) / ln2, rel=1e-12), "mean": x.mean()},
+                "statistics": {
+                    "mean": x.mean(),
+                    "nll_bits": pytest.approx(-log_prob(x) / ln2, rel=1e-12),
+                    "excess_bits": pytest.approx(-log_prob(x) / ln2 - compressed_bits(x), rel=1e-9),
+                    "complexity_bits": compressed_bits(x),
+                },
                 "heatmap": None,
             }
             for x in others
@@ -163,13 +171,13 @@ async def test_a_heatmap_that_cannot_be_drawn_is_null_and_a_warning(api: Api) ->
     assert any(w.startswith("heatmap:") for w in answer["warnings"])
 
 
-async def test_a_calibration_that_is_not_read_is_not_called_missing(api: Api) -> None:
+async def test_a_calibration_that_cannot_be_read_is_not_called_missing(api: Api) -> None:
     files = {"weights.safetensors": "0" * 64, "calibration.safetensors": "1" * 64}
     write_model(api.folder, "density", DENSITY, files=files)
     api.catalog.refresh()
     answer = (await api.post("/score", {"model": "density", "images": [b64(file_of(COLOUR))]})).json()
     assert answer["results"][0]["anomaly"] is None
-    assert answer["warnings"] == ["anomaly: this server does not read the calibration of density yet"]
+    assert "the calibration of density cannot be used" in answer["warnings"][0]
 
 
 async def test_a_model_without_a_density_names_those_that_have_one(api: Api) -> None:
@@ -188,3 +196,88 @@ async def test_a_list_of_models_is_refused_clearly(api: Api) -> None:
     (fault,) = response.json()["errors"]
     assert fault["loc"] == ["body", "model"]
     assert "ensemble" in fault["msg"]
+
+
+# -------------------------------------------------------------------------------------------------------------- anomaly
+
+
+def normal(seed: int) -> np.ndarray:
+    """An image of the kind that the calibration below calls normal: grey, a little noise."""
+    return np.random.default_rng([9, seed]).normal(128, 12, (3, 4, 5)).clip(0, 255).astype(np.uint8)
+
+
+def calibrated(api: Api, n: int = 200) -> str:
+    """Calibrate the model "density" on such images; the calibration's sha256."""
+    images = [normal(k) for k in range(100 + n)]
+    found = [describe(x, log_prob(x), None, {"mean": x.mean()}) for x in images]
+    weights = hashlib.sha256(b"density").hexdigest()
+    made = calibrate(found[:100], found[100:], {"weights_sha256": weights, "data": {"name": "made up"}})
+    (api.folder / "density" / "calibration.safetensors").write_bytes(made.pack())
+    files = {"weights.safetensors": weights, "calibration.safetensors": made.sha256}
+    write_model(api.folder, "density", DENSITY, files=files)
+    api.catalog.refresh()
+    return made.sha256
+
+
+async def asked(api: Api, images: list[np.ndarray], **options: Any) -> dict[str, Any]:
+    body = {"model": "density", "images": [b64(file_of(x)) for x in images], **options}
+    found: dict[str, Any] = (await api.post("/score", body)).json()
+    return found
+
+
+async def test_a_calibrated_model_says_what_is_an_anomaly(api: Api) -> None:
+    sha256 = calibrated(api)
+    images = [normal(1000), np.full((3, 4, 5), 255, np.uint8), normal(1001)]
+    answer = await asked(api, images, alpha=0.01)
+    assert answer["calibration"] == {"n": 200, "sha256": sha256}
+    assert answer["warnings"] == []
+    anomalies = [result["anomaly"] for result in answer["results"]]
+    assert anomalies[1]["is_anomaly"]
+    assert anomalies[1]["p_value"] == 1 / 201
+    assert anomalies[1]["score"] > anomalies[1]["threshold"] >= max(anomalies[0]["score"], anomalies[2]["score"])
+    assert not anomalies[0]["is_anomaly"]
+    assert anomalies[0]["alpha"] == 0.01
+    assert 0.01 < anomalies[0]["false_positive_rate_upper95"] < 0.04
+
+
+async def test_a_confidence_is_stricter_and_a_batch_can_be_judged_together(api: Api) -> None:
+    calibrated(api)
+    images = [normal(2000 + k) for k in range(40)]
+    plain = await asked(api, images, alpha=0.2)
+    strict = await asked(api, images, alpha=0.2, confidence=0.95)
+    first = strict["results"][0]["anomaly"]
+    assert first["threshold"] > plain["results"][0]["anomaly"]["threshold"]
+    assert first["false_positive_rate_upper95"] <= 0.2
+    strange = [np.full((3, 4, 5), level, np.uint8) for level in (0, 255, 254)]
+    together = await asked(api, images + strange, fdr=0.1)
+    named = [result["anomaly"]["is_anomaly"] for result in together["results"]]
+    assert all(named[40:])
+    assert sum(named[:40]) <= 2
+
+
+async def test_an_alpha_that_the_calibration_cannot_serve_says_what_it_takes(api: Api) -> None:
+    calibrated(api)
+    answer = await asked(api, [normal(1)], alpha=0.001)
+    assert answer["status"] == 422
+    assert answer["errors"][0]["loc"] == ["body", "alpha"]
+    assert "at least 999 calibration images; there are 200" in answer["detail"]
+    assert not api.broker.jobs, "it is told before the work"
+
+
+@pytest.mark.parametrize("field", ["alpha", "confidence", "fdr"])
+@pytest.mark.parametrize("value", [0, 1, -0.5, "a"])
+async def test_shares_must_lie_between_0_and_1(api: Api, field: str, value: Any) -> None:
+    calibrated(api)
+    answer = await asked(api, [normal(1)], **{field: value})
+    assert answer["status"] == 422
+    assert answer["errors"][0]["loc"] == ["body", field]
+
+
+async def test_a_calibration_that_cannot_be_used_is_told_and_scores_still_come(api: Api) -> None:
+    calibrated(api)
+    path = api.folder / "density" / "calibration.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    answer = await asked(api, [normal(1)])
+    assert answer["results"][0]["anomaly"] is None
+    assert answer["results"][0]["log_prob"] is not None
+    assert "sha256 is not the one" in answer["warnings"][0]

@@ -1,4 +1,4 @@
-"""python -m training list | run RECIPE | evaluate CHECKPOINT"""
+"""python -m training list | run RECIPE | evaluate CHECKPOINT | compare FOLDER …"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from anomaly.calibration import CalibrationError
 from models._checkpoint import CheckpointError
 from training import data
 from training.config import Run
@@ -31,11 +32,20 @@ def main(argv: list[str] | None = None) -> int:
             _list(console)
         elif args.command == "run":
             _run(args, console)
+        elif args.command == "calibrate":
+            from training import calibrate
+
+            calibrate.run(args.checkpoint, args.data, args.data_dir, console)
+        elif args.command == "compare":
+            from training.compare import compare
+
+            for path in compare(args.folders):
+                console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
         else:
             from training.evaluate import evaluate
 
             evaluate(args.checkpoint, data_dir=args.data_dir, console=console)
-    except (TrainingError, CheckpointError) as e:
+    except (TrainingError, CheckpointError, CalibrationError) as e:
         Console(stderr=True).print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     return 0
@@ -60,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint; write its metrics, samples and card")
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     evaluate.add_argument("--data-dir", type=Path, help="as for run")
+    calibrate = commands.add_parser("calibrate", help="turn a checkpoint's scores into p-values; it must be a density")
+    calibrate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    calibrate.add_argument(
+        "--data",
+        help="normal images, such as folder:PATH or npz:FILE (default: the model's own data, what it kept apart)",
+    )
+    calibrate.add_argument("--data-dir", type=Path, help="as for run")
+    compare = commands.add_parser("compare", help="write what was measured into the tables and the chart of the docs")
+    compare.add_argument(
+        "folders", type=Path, nargs="+", metavar="FOLDER", help="a checkpoint, or a folder of checkpoints, such as zoo"
+    )
     return parser
 
 

@@ -245,7 +245,7 @@ def _assemble(name: str, pool: Split, test: Split | None = None, labels: tuple[s
     if len(pool) < 20:
         raise DataError(f"{name}: {len(pool)} images; at least 20 are needed to cut them into splits")
     shares = dict(_HELD_OUT) if test is not None else {"test": _TEST, **_HELD_OUT}
-    pool, rank = _canonical(pool)
+    pool, rank = canonical(pool)
     parts: dict[str, Split] = {}
     start, distinct = 0, int(rank[-1]) + 1
     for part, (share, most) in shares.items():
@@ -254,14 +254,14 @@ def _assemble(name: str, pool: Split, test: Split | None = None, labels: tuple[s
         start = stop
     parts["train"] = pool.take(np.flatnonzero(rank >= start))
     if test is not None:
-        parts["test"] = _canonical(test)[0]
+        parts["test"] = canonical(test)[0]
     splits = {part: parts[part] for part in SPLITS}
     _, channels, height, width = pool.x.shape
     space = ImageSpace(width, height, channels, labels, captions=bool(pool.captions))
     return Dataset(name, space, splits, _digest(splits))
 
 
-def _canonical(split: Split) -> tuple[Split, NDArray[np.intp]]:
+def canonical(split: Split) -> tuple[Split, NDArray[np.intp]]:
     """The split in the order of its images' hashes, and for each image the rank of its hash among the distinct ones."""
     hashes = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in split.x)
     keys = np.frombuffer(b"".join(hashes), dtype=">u8")

@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from service import errors
 from service.accepts import Accepts
 from service.broker import Broker, WorkerState
+from service.calibrations import Calibrations
 from service.catalog import Catalog, Entry, Version
 from service.errors import Fault
 from service.metrics import Metrics
@@ -26,6 +27,7 @@ class Services:
     broker: Broker
     catalog: Catalog
     limits: Accepts  # what settings allow, field by field
+    calibrations: Calibrations
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False  # shutting down: no longer ready
 

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from service import errors, images
+from anomaly.calibration import Calibration, CalibrationError, Verdict, describe
+from service import errors, images, schemas
 from service.bodies import JSON, MULTIPART, media_type, read_form, read_json, require_media_type
 from service.broker import Job
+from service.calibrations import Known
 from service.catalog import Version
 from service.errors import Fault
 from service.jobs import Told, follow, outcome, unless_hung_up
 from service.messages import Completed, Pixels, Scored, ScoreImages, pack
 from service.routes._services import Served, Services, problems, tenant
-from service.schemas import ImageShape, Likelihood, ScoreOptions, ScoreRequest, ScoreResponse, ScoreResult
+from service.schemas import Anomaly, ImageShape, Likelihood, ScoreOptions, ScoreRequest, ScoreResponse, ScoreResult
 
 router = APIRouter(tags=["scores"])
 
 _UNLABELLED = -1
+_COMPRESSION = 100  # times what decoding an image takes
 _DECODED_FAR_FROM_LOOP = 2**31  # whatever the model's size: images that are resized may be as large as the limit
 
 
@@ -60,6 +63,9 @@ async def score(request: Request, services: Served) -> Response:
     deadline = asyncio.get_running_loop().time() + timeout
     version, likelihood = await _scorer(options.model, services)
     label = _check(options, files, version, services, from_form=media_type(request) == MULTIPART)
+    known = await services.calibrations.of(options.model, version)
+    if known.calibration is not None and options.fdr is None:
+        _check_alpha(options, known.calibration)  # before the work, not after
     pixels, resized = await _decode(files, version.spec.image, options.resize, services.settings.max_image_side)
     job = Job(
         id=uuid.uuid4().hex,
@@ -73,8 +79,34 @@ async def score(request: Request, services: Served) -> Response:
     )
     watched = follow(services.broker, job, services.metrics.job(job.model, "score"))
     told = await unless_hung_up(request.receive, outcome(watched, deadline))
-    answer = _answer(options, version, likelihood, _complete(told, len(pixels)), resized)
+    scored = _complete(told, len(pixels))
+    described = await images.off_loop(_COMPRESSION * pixels.size, _describe, pixels, scored)
+    verdicts = await images.off_loop(_COMPRESSION * pixels.size, _judge, options, known, described)
+    answer = _answer(options, version, likelihood, scored, resized, described, known, verdicts)
     return Response(answer.model_dump_json(), media_type=JSON)
+
+
+def _check_alpha(options: ScoreOptions, calibration: Calibration) -> None:
+    try:
+        calibration.rank(options.alpha, options.confidence)
+    except CalibrationError as e:
+        raise errors.Invalid(Fault(("body", "alpha"), f"{options.model}: {e}", options.alpha)) from None
+
+
+def _describe(pixels: Pixels, scored: Sequence[Scored]) -> list[dict[str, float]]:
+    return [
+        describe(x, None if _impossible(s) else s.log_prob, s.energy, s.statistics)
+        for x, s in zip(pixels, scored, strict=True)
+    ]
+
+
+def _judge(options: ScoreOptions, known: Known, described: Sequence[dict[str, float]]) -> list[Verdict] | None:
+    if known.calibration is None:
+        return None
+    scores = known.calibration.score(described)
+    if options.fdr is not None:
+        return known.calibration.judge_together(scores, options.fdr)
+    return known.calibration.judge(scores, options.alpha, options.confidence)
 
 
 async def _scorer(model: str, services: Services) -> tuple[Version, Likelihood]:
@@ -150,36 +182,41 @@ def _complete(told: Sequence[Told], n: int) -> list[Scored]:
 
 
 def _answer(
-    options: ScoreOptions, version: Version, likelihood: Likelihood, scored: Sequence[Scored], resized: Sequence[int]
+    options: ScoreOptions,
+    version: Version,
+    likelihood: Likelihood,
+    scored: Sequence[Scored],
+    resized: Sequence[int],
+    described: Sequence[dict[str, float]],
+    known: Known,
+    verdicts: Sequence[Verdict] | None,
 ) -> ScoreResponse:
     shape = version.spec.image
+    dims = shape.width * shape.height * shape.channels
+    anomalies = [None] * len(scored) if verdicts is None else [Anomaly(**dataclasses.asdict(v)) for v in verdicts]
     return ScoreResponse(
         model=options.model,
         family=version.spec.family,
         kind=likelihood.kind,
         dequantisation=likelihood.dequantisation,
-        results=[_result(s, shape.width * shape.height * shape.channels) for s in scored],
-        calibration=None,
-        warnings=list(_warnings(options, version, scored, resized)),
+        results=[_result(s, dims, d, a) for s, d, a in zip(scored, described, anomalies, strict=True)],
+        calibration=None
+        if known.calibration is None
+        else schemas.Calibration(n=known.calibration.n, sha256=known.sha256),
+        warnings=list(_warnings(options, known, scored, resized)),
     )
 
 
-def _result(scored: Scored, dims: int) -> ScoreResult:
-    statistics: dict[str, Any] = dict(scored.statistics)
-    bits_per_dim = None
+def _result(scored: Scored, dims: int, described: dict[str, float], anomaly: Anomaly | None) -> ScoreResult:
     log_prob = None if _impossible(scored) else scored.log_prob
-    if log_prob is not None:
-        nll_bits = -log_prob / math.log(2)
-        bits_per_dim = nll_bits / dims
-        statistics = {"nll_bits": nll_bits, **statistics}
     return ScoreResult(
         log_prob=log_prob,
-        bits_per_dim=bits_per_dim,
+        bits_per_dim=None if log_prob is None else -log_prob / math.log(2) / dims,
         energy=scored.energy,
         stderr=scored.stderr,
         converged=scored.converged,
-        anomaly=None,
-        statistics=statistics,
+        anomaly=anomaly,
+        statistics={name: value for name, value in described.items() if name != "energy"},
         heatmap=None,
     )
 
@@ -189,11 +226,11 @@ def _impossible(scored: Scored) -> bool:
     return scored.converged is False and scored.log_prob is not None and scored.log_prob > 0
 
 
-def _warnings(options: ScoreOptions, version: Version, scored: Sequence[Scored], resized: Sequence[int]) -> list[str]:
+def _warnings(options: ScoreOptions, known: Known, scored: Sequence[Scored], resized: Sequence[int]) -> list[str]:
     warnings = []
-    if version.calibrated:
-        warnings.append(f"anomaly: this server does not read the calibration of {options.model} yet")
-    else:
+    if known.fault is not None:
+        warnings.append(f"anomaly: the calibration of {options.model} cannot be used: {known.fault}")
+    elif known.calibration is None:
         warnings.append(f"anomaly: {options.model} is not calibrated, so its scores have no p-values")
     if options.heatmap:
         warnings.append("heatmap: this server draws none yet")

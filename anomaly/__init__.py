@@ -1,0 +1,9 @@
+"""From statistics of an image to a p-value: "is this image normal?" with a false-alarm rate that holds.
+
+numpy alone, no torch: training fits and calibrates with it, and the API process answers with it.
+
+    complexity      how well an image compresses, which no model is needed for
+    detectors       one number from many statistics, fitted on normal images only
+    conformal       p-values, thresholds and what is known of the true false-alarm rate
+    calibration     all of it in a file
+"""

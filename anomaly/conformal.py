@@ -1,0 +1,95 @@
+"""Split-conformal p-values, and what they promise.
+
+n scores of normal images, sorted, are the calibration. For a new image of score s (higher: more anomalous)
+
+    p = (1 + #{calibration scores ≥ s}) / (n + 1)
+
+is never 0, and P(p ≤ α) ≤ α if the image is exchangeable with the calibration images (Vovk, Gammerman and Shafer 2005,
+ch. 2). That holds on average over calibrations. Given this one, the rate at which normal images have p ≤ α is itself
+random, Beta(k, n + 1 − k) with k = ⌊α (n + 1)⌋ (Vovk 2012, arXiv 1209.2673, prop. 2a), if scores have no ties.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+def p_values(calibration: Floats, scores: Floats) -> Floats:
+    """calibration (n,) sorted, scores (m,) -> (m,) in [1 / (n + 1), 1]. A score that is not a number has the least."""
+    n = len(calibration)
+    as_large = n - np.searchsorted(calibration, scores, side="left")
+    as_large = np.where(np.isnan(scores), 0, as_large)
+    return (1.0 + as_large) / (n + 1)
+
+
+def rank(n: int, alpha: float) -> int:
+    """k = ⌊α (n + 1)⌋: an image is an anomaly at α if fewer than k calibration scores are as large as its own. 0: none
+    ever is, since n is too small for so small an α."""
+    return math.floor(alpha * (n + 1) * (1 + 1e-12))
+
+
+def needed(alpha: float) -> int:
+    """The least number of calibration images with which an image can be an anomaly at α."""
+    return math.ceil((1 / alpha) * (1 - 1e-12)) - 1
+
+
+def threshold(calibration: Floats, k: int) -> float:
+    """The least score that is no anomaly by rank k ≥ 1 in sorted calibration (n,): an anomaly's is larger."""
+    return float(calibration[len(calibration) - k])
+
+
+def upper_bound(n: int, k: int, confidence: float = 0.95) -> float:
+    """With that confidence over calibrations, the true false-alarm rate of rank k is at most this: the quantile of
+    Beta(k, n + 1 − k)."""
+    if k == 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if beta_cdf(middle, k, n + 1 - k) < confidence else (low, middle)
+    return high
+
+
+def rank_with_confidence(n: int, alpha: float, confidence: float) -> int:
+    """The largest k whose true false-alarm rate is at most α with that confidence over calibrations; 0: none is."""
+    low, high = 0, rank(n, alpha)
+    while low < high:  # the bound rises with k
+        k = (low + high + 1) // 2
+        low, high = (k, high) if upper_bound(n, k, confidence) <= alpha else (low, k - 1)
+    return low
+
+
+def needed_with_confidence(alpha: float, confidence: float) -> int:
+    """The least n for which `rank_with_confidence` is not 0: P(Beta(1, n) ≤ α) = 1 − (1 − α)ⁿ ≥ confidence."""
+    return math.ceil(math.log1p(-confidence) / math.log1p(-alpha) * (1 - 1e-12))
+
+
+def beta_cdf(x: float, a: int, b: int) -> float:
+    """P(Beta(a, b) ≤ x) for whole a, b ≥ 1: that at least a of a + b − 1 uniform numbers are ≤ x."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    n = a + b - 1
+    fewer = np.arange(a)
+    logs = (
+        math.lgamma(n + 1)
+        - np.array([math.lgamma(j + 1) + math.lgamma(n - j + 1) for j in fewer])
+        + fewer * math.log(x)
+        + (n - fewer) * math.log1p(-x)
+    )
+    return float(1 - np.exp(logs).sum())
+
+
+def discoveries(p: Floats, rate: float) -> NDArray[np.bool_]:
+    """Which of a batch are anomalies if at most that share of those named is to be false (Benjamini and Hochberg 1995;
+    valid for conformal p-values of one calibration: arXiv 2104.08279, thm. 1)."""
+    order = np.argsort(p, kind="stable")
+    passing = np.flatnonzero(p[order] <= rate * (np.arange(len(p)) + 1) / max(1, len(p)))
+    named = np.zeros(len(p), dtype=bool)
+    if len(passing):
+        named[order[: passing[-1] + 1]] = True
+    return named

@@ -1,0 +1,199 @@
+"""p-values and what they promise; detectors; calibrations as files."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.covariance import LedoitWolf
+
+from anomaly import calibration, conformal, detectors
+from anomaly.calibration import Calibration, CalibrationError, calibrate, describe, unpack
+from anomaly.complexity import compressed_bits
+
+
+def normal_scores(n: int, seed: int = 0) -> np.ndarray:
+    return np.sort(np.random.default_rng(seed).standard_normal(n))
+
+
+@given(
+    calibration=st.lists(st.floats(-5, 5), min_size=1, max_size=40),
+    score=st.one_of(st.floats(-6, 6), st.just(math.inf), st.just(math.nan)),
+)
+def test_a_p_value_counts_what_it_says(calibration: list[float], score: float) -> None:
+    p = float(conformal.p_values(np.sort(np.array(calibration)), np.array([score]))[0])
+    assert p == (1 + sum(c >= score for c in calibration)) / (len(calibration) + 1)
+    assert 0 < p <= 1
+
+
+@given(n=st.integers(1, 2000), alpha=st.floats(1e-4, 0.5))
+def test_an_anomaly_is_exactly_a_p_value_of_at_most_alpha(n: int, alpha: float) -> None:
+    k = conformal.rank(n, alpha)
+    assert k / (n + 1) <= alpha * (1 + 1e-9)
+    assert (k + 1) / (n + 1) > alpha * (1 - 1e-9)
+    assert (k == 0) == (n < conformal.needed(alpha))
+
+
+@given(a=st.integers(1, 40), b=st.integers(1, 4000), x=st.floats(0, 1))
+def test_the_beta_law_is_scipys(a: int, b: int, x: float) -> None:
+    assert conformal.beta_cdf(x, a, b) == pytest.approx(scipy.stats.beta.cdf(x, a, b), abs=1e-9)
+
+
+def test_the_bounds_of_the_docs() -> None:
+    assert conformal.upper_bound(1000, conformal.rank(1000, 0.01)) == pytest.approx(0.0157, abs=5e-5)
+    k = conformal.rank_with_confidence(1000, 0.01, 0.95)
+    assert k == 5
+    assert scipy.stats.beta.cdf(0.01, k, 1001 - k) >= 0.95 > scipy.stats.beta.cdf(0.01, k + 1, 1000 - k)
+    assert conformal.needed_with_confidence(0.01, 0.95) == 299
+    assert conformal.rank_with_confidence(299, 0.01, 0.95) == 1
+    assert conformal.rank_with_confidence(298, 0.01, 0.95) == 0
+
+
+def test_false_alarm_rates_over_calibrations_follow_the_beta_law() -> None:
+    """1,000 calibrations of 500 scores: the true rate of each is known, since scores are standard normal."""
+    rng = np.random.default_rng(0)
+    n, alpha = 500, 0.05
+    k = conformal.rank(n, alpha)
+    rates = [scipy.stats.norm.sf(conformal.threshold(np.sort(rng.standard_normal(n)), k)) for _ in range(1000)]
+    assert scipy.stats.kstest(rates, scipy.stats.beta(k, n + 1 - k).cdf).pvalue > 0.01
+    bound = conformal.upper_bound(n, k)
+    assert np.mean(np.array(rates) <= bound) == pytest.approx(0.95, abs=0.02)
+    promised = conformal.rank_with_confidence(n, alpha, 0.95)
+    kept = [scipy.stats.norm.sf(conformal.threshold(normal_scores(n, 1000 + s), promised)) for s in range(1000)]
+    assert np.mean(np.array(kept) <= alpha) >= 0.94
+
+
+def test_benjamini_hochberg_holds_its_rate() -> None:
+    rng = np.random.default_rng(1)
+    shares = []
+    for _ in range(300):
+        known = np.sort(rng.standard_normal(500))
+        scores = np.concatenate([rng.standard_normal(180), rng.standard_normal(20) + 5])
+        named = conformal.discoveries(conformal.p_values(known, scores), 0.1)
+        shares.append(named[:180].sum() / max(1, named.sum()))
+    assert np.mean(shares) <= 0.1 + 3 * np.std(shares) / math.sqrt(300)
+    assert conformal.discoveries(np.array([0.01, 0.02, 0.9]), 0.05).tolist() == [True, True, False]
+    assert not conformal.discoveries(np.array([]), 0.1).any()
+
+
+# ------------------------------------------------------------------------------------------------------------ detectors
+
+
+def correlated(n: int, d: int = 5, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, d)) @ np.random.default_rng(7).standard_normal((d, d)) * 3 + 10
+
+
+@pytest.mark.parametrize("kind", detectors.FITS)
+def test_a_detector_ranks_what_lies_outside_above_what_lies_inside(kind: str) -> None:
+    fitted = detectors.fit(kind, correlated(1000))
+    normal = fitted.score(correlated(1000, seed=1))
+    far = fitted.score(correlated(200, seed=2) + 80)
+    assert (far > np.quantile(normal, 0.99)).all()
+    constant = fitted.score(np.full((1, 5), 10.0) + 1e9)
+    assert constant[0] > far.max(), "farther is more anomalous, however far"
+    broken = fitted.score(np.array([[np.nan, 10, 10, 10, 10], [np.inf, 10, 10, 10, 10]]))
+    assert (broken > normal.max()).all()
+
+
+def test_shrinkage_is_that_of_ledoit_and_wolf() -> None:
+    x = correlated(60)
+    centred = x - x.mean(axis=0)
+    ours = detectors.shrunk_covariance(centred) - detectors.RIDGE * np.eye(5)
+    np.testing.assert_allclose(ours, LedoitWolf(assume_centered=True).fit(centred).covariance_, rtol=1e-6)
+
+
+def test_two_clusters_are_a_mixtures_not_a_gaussians() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2000, 2)) * 0.3 + np.where(rng.random((2000, 1)) < 0.5, 3.0, -3.0)
+    between = np.zeros((1, 2))
+    shares = {kind: np.mean(f.score(x) >= f.score(between)) for kind in FITTED for f in [detectors.fit(kind, x)]}
+    assert shares["mixture"] < 0.01
+    assert shares["neighbours"] < 0.01
+    assert shares["mahalanobis"] > 0.5
+    chosen, volumes = detectors.choose(x)
+    assert chosen.kind in ("mixture", "neighbours")
+    assert volumes["mahalanobis"] > volumes[chosen.kind]
+
+
+FITTED = ("mixture", "neighbours", "mahalanobis")
+
+
+# ---------------------------------------------------------------------------------------------------------- calibration
+
+
+def described(n: int, seed: int, shift: float = 0.0) -> list[dict[str, float]]:
+    return [dict(zip("abcde", row, strict=True)) for row in correlated(n, seed=seed) + shift]
+
+
+@pytest.fixture(scope="module")
+def made() -> Calibration:
+    return calibrate(described(800, 0), described(500, 1), {"data": {"name": "made up"}})
+
+
+def test_a_calibration_comes_back_from_its_bytes(made: Calibration) -> None:
+    again = unpack(made.pack())
+    images = described(20, 5)
+    np.testing.assert_array_equal(again.score(images), made.score(images))
+    assert again.judge(again.score(images), 0.05) == made.judge(made.score(images), 0.05)
+    assert again.about == made.about
+    assert again.sha256 == made.sha256
+
+
+def test_false_alarms_are_as_many_as_were_asked_for(made: Calibration) -> None:
+    verdicts = made.judge(made.score(described(4000, 2)), 0.05)
+    low, high = scipy.stats.beta(25, 476).ppf([0.001, 0.999])
+    assert low <= np.mean([v.is_anomaly for v in verdicts]) <= high
+    assert all((v.p_value <= 0.05) == v.is_anomaly == (v.score > v.threshold) for v in verdicts if v.threshold)
+    strict = made.judge(made.score(described(4000, 2)), 0.05, confidence=0.95)
+    assert sum(v.is_anomaly for v in strict) < sum(v.is_anomaly for v in verdicts)
+    assert strict[0].false_positive_rate_upper95 <= 0.05
+
+
+def test_anomalies_are_found(made: Calibration) -> None:
+    scores = made.score(described(50, 3, shift=60.0) + described(150, 4))
+    named = [v.is_anomaly for v in made.judge_together(scores, 0.1)]
+    assert all(named[:50])
+    assert sum(named[50:]) <= 15
+
+
+@pytest.mark.parametrize(("alpha", "confidence", "needed"), [(0.001, None, "999"), (0.005, 0.95, "598")])
+def test_an_alpha_too_small_for_the_calibration_says_how_many_images_it_takes(
+    made: Calibration, alpha: float, confidence: float | None, needed: str
+) -> None:
+    with pytest.raises(CalibrationError, match=f"at least {needed} calibration images; there are 500"):
+        made.judge(np.zeros(1), alpha, confidence)
+
+
+def test_too_few_images_and_bytes_that_are_no_calibration_are_refused(made: Calibration) -> None:
+    with pytest.raises(CalibrationError, match="10 fit and 500 calibration images"):
+        calibrate(described(10, 0), described(500, 1), {})
+    for broken in (b"", b"nonsense" * 10, made.pack()[:-9]):
+        with pytest.raises(CalibrationError):
+            unpack(broken)
+    with pytest.raises(CalibrationError, match="statistics: a missing"):
+        made.score([{k: v for k, v in described(1, 0)[0].items() if k != "a"}])
+
+
+def test_what_compresses_well_is_simple() -> None:
+    rng = np.random.default_rng(0)
+    constant = np.full((1, 28, 28), 90, np.uint8)
+    ramp = np.tile(np.arange(28, dtype=np.uint8) * 9, (28, 1))[None]
+    noise = rng.integers(0, 256, (1, 28, 28)).astype(np.uint8)
+    sizes = [compressed_bits(x) for x in (constant, ramp, noise)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 100
+    assert sizes[2] == pytest.approx(8 * 784, rel=0.05), "noise does not compress"
+    assert compressed_bits(rng.integers(0, 256, (3, 8, 8)).astype(np.uint8)) > 0
+    found = describe(noise, -math.log(2) * 5000, None, {"own": 1.0})
+    assert found == {
+        "own": 1.0,
+        "nll_bits": pytest.approx(5000),
+        "excess_bits": pytest.approx(5000 - sizes[2]),
+        "complexity_bits": sizes[2],
+    }
+    assert "nll_bits" not in calibration.describe(noise, None, 3.5, {})
