@@ -284,8 +284,8 @@ def gaussian_mixture() -> Run:
 def bayesnet() -> Run:
     """Chow–Liu tree over pixels, with the class as a further parent of each: 77 seconds of counting, one thread.
 
-    Reached on the 10,000 test images 3.553 bits/dim without labels and 3.562 given them, and its p(y | x) is right about
-    0.819 of them; a classifier agreed with the asked label on 0.756 of 1,000 samples.
+    Reached on the 10,000 test images 3.553 bits/dim without labels and 3.562 given them; its p(y | x) is right about
+    0.819 of them. A classifier agreed with the asked label on 0.756 of 1,000 samples.
     """
     return Run(
         family="bayesnet",
@@ -302,8 +302,8 @@ def bayesnet() -> Run:
 def naive_bayes() -> Run:
     """Naive Bayes: pixels that depend on the class alone, in 16 bins of grey: 3 seconds of counting, one thread.
 
-    Reached on the 10,000 test images 4.171 bits/dim without labels and 4.223 given them, and its p(y | x) is right about
-    0.739 of them; a classifier agreed with the asked label on 0.641 of 1,000 samples.
+    Reached on the 10,000 test images 4.171 bits/dim without labels and 4.223 given them; its p(y | x) is right about
+    0.739 of them. A classifier agreed with the asked label on 0.641 of 1,000 samples.
     """
     return Run(
         family="bayesnet",
