@@ -55,8 +55,8 @@ class Calibration:
         return len(self.scores)
 
     def score(self, described: Sequence[Mapping[str, float]]) -> Floats:
-        """(m,) of images described by `describe`. An image of which a statistic cannot be said is as anomalous as can be.
-        Raises `CalibrationError` for a statistic that none has: the calibration is of another version of the model.
+        """(m,) of images described by `describe`. An image of which a statistic cannot be said is as anomalous as can
+        be. Raises `CalibrationError` for a statistic that none has: the calibration is of another version of the model.
         """
         missing = sorted(set(self.statistics).difference(*described)) if described else []
         if missing:
