@@ -38,7 +38,7 @@ from models._flows import (
 from models._protocol import ImageSpace
 
 PRIORS = {"logistic": LOGISTIC, "gaussian": GAUSSIAN}
-TEMPERATURE = 0.8  # default: at 1, which samples the density itself, every pixel has the noise that the scale gave it
+TEMPERATURE = 1.0  # default: below 1 there is less grain, but garments turn dark and alike as well
 
 
 @dataclass(frozen=True)
