@@ -46,18 +46,18 @@ class Config:
     """Everything that shapes the energy, its chains and its learning."""
 
     channels: tuple[int, ...] = (32, 64, 128)  # each after halving the image's sides once more
-    blocks: tuple[int, ...] = (1, 1, 0)  # residual blocks at each of these
+    blocks: tuple[int, ...] = (0, 1, 0)  # residual blocks at each of these
     spectral_norm: bool = False
-    rate: float = 10.0  # η
+    rate: float = 2.0  # η; the smaller, the higher the energies that move a chain, above the noise of their learning
     noise: float = 0.005  # σ
-    clip: float = 0.03  # largest gradient of the energy by a pixel that a step follows
+    clip: float = 0.1  # largest gradient of the energy by a pixel that a step follows
     langevin_steps: int = 20  # of each chain at each step of training
     replay: int = 5000  # chains that are kept, shared evenly by the classes
     restart: float = 0.05  # part of the chains that begin anew at each step of training
     rank: int = 40  # of the Gaussian that they begin at
-    penalty: float = 0.1  # α
+    penalty: float = 0.02  # α
     classification: float = 0.1  # weight of the cross-entropy
-    softness: float = 0.1  # τ
+    softness: float = 0.3  # τ
     data_noise: float = 0.01  # standard deviation of what is added to the data
     label_dropout: float = 0.1
     default_steps: int = 200
