@@ -129,18 +129,12 @@ class RedisBroker(Broker):
     async def events(self, job_id: str, after: int = 0, wait: bool = True) -> AsyncIterator[Event]:
         news = asyncio.Event()
         self._news.setdefault(job_id, []).append(news)
-        followed = False
+        followed = known = False
         try:
-            job = await reached(self._store.commands.hmget(_key(job_id), "home"))
-            if job[0] is not None and job[0].decode() != self._home:
-                followed = await self._follow(job_id)
-            known = False
             while True:
                 news.clear()
                 try:
-                    # The state first: events that came before the end are then read below.
-                    state, lost = await self._store.commands.hmget(_key(job_id), "state", "lost")
-                    told = await self._store.commands.xrange(f"{PREFIX}events:{job_id}", f"({after}-0")
+                    (state, lost, home), told = await self._told(job_id, after)
                     payloads = [await self._store.fetch(fields[b"p"]) for _, fields in told]
                 except AWAY:
                     if not known:
@@ -151,6 +145,9 @@ class RedisBroker(Broker):
                     if known:
                         raise JobLost("the queue has lost its memory")
                     raise KeyError(job_id)
+                if not known and home.decode() != self._home and wait:
+                    known = followed = await self._follow(job_id)
+                    continue  # what was told before this process heard of it
                 known = True
                 for (number, fields), payload in zip(told, payloads, strict=True):
                     after = int(number.split(b"-")[0])
@@ -172,6 +169,13 @@ class RedisBroker(Broker):
                 del self._news[job_id]
             if followed:
                 await self._unfollow(job_id)
+
+    async def _told(self, job_id: str, after: int) -> Any:
+        """Its state, why it was lost and whose it is, and its events: in this order, so that none is missed at the end."""
+        async with self._store.commands.pipeline(transaction=False) as both:
+            both.hmget(_key(job_id), "state", "lost", "home")
+            both.xrange(f"{PREFIX}events:{job_id}", f"({after}-0")
+            return await both.execute()
 
     async def status(self, job_id: str) -> Status:
         found = await reached(self._store.commands.hmget(_key(job_id), "job", "state", "lost", "attempt"))

