@@ -171,7 +171,7 @@ class RedisBroker(Broker):
                 await self._unfollow(job_id)
 
     async def _told(self, job_id: str, after: int) -> Any:
-        """Its state, why it was lost and whose it is, and its events: in this order, so that none is missed at the end."""
+        """Its state, why it was lost, whose it is; then its events: so none is missed that came before the end."""
         async with self._store.commands.pipeline(transaction=False) as both:
             both.hmget(_key(job_id), "state", "lost", "home")
             both.xrange(f"{PREFIX}events:{job_id}", f"({after}-0")
