@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from api_fakes import DENSITY, Api, after, b64, file_of, log_prob, picture, tell, write_model
+from api_fakes import DENSITY, DIFFUSION, Api, after, b64, file_of, log_prob, picture, tell, write_model
 
 from anomaly.calibration import calibrate, describe
 from anomaly.complexity import compressed_bits
@@ -271,6 +271,22 @@ async def test_shares_must_lie_between_0_and_1(api: Api, field: str, value: Any)
     answer = await asked(api, [normal(1)], **{field: value})
     assert answer["status"] == 422
     assert answer["errors"][0]["loc"] == ["body", field]
+
+
+async def test_scores_given_a_label_are_not_judged_by_a_calibration_without(api: Api) -> None:
+    images = [picture(2, k, (1, 4, 5)) for k in range(150)]
+    found = [describe(x, log_prob(x), None, {"mean": x.mean()}) for x in images]
+    weights = hashlib.sha256(b"diffusion").hexdigest()
+    made = calibrate(found[:100], found[100:], {"weights_sha256": weights})
+    (api.folder / "diffusion" / "calibration.safetensors").write_bytes(made.pack())
+    files = {"weights.safetensors": weights, "calibration.safetensors": made.sha256}
+    write_model(api.folder, "diffusion", DIFFUSION, files=files)
+    api.catalog.refresh()
+    body = {"model": "diffusion", "images": [b64(file_of(images[0]))], "alpha": 0.1}
+    assert (await api.post("/score", body)).json()["results"][0]["anomaly"] is not None
+    labelled = (await api.post("/score", {**body, "label": 1})).json()
+    assert labelled["results"][0]["anomaly"] is None
+    assert "without labels" in labelled["warnings"][0]
 
 
 async def test_a_calibration_that_cannot_be_used_is_told_and_scores_still_come(api: Api) -> None:

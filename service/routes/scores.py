@@ -101,7 +101,7 @@ def _describe(pixels: Pixels, scored: Sequence[Scored]) -> list[dict[str, float]
 
 
 def _judge(options: ScoreOptions, known: Known, described: Sequence[dict[str, float]]) -> list[Verdict] | None:
-    if known.calibration is None:
+    if known.calibration is None or options.label is not None:
         return None
     scores = known.calibration.score(described)
     if options.fdr is not None:
@@ -230,6 +230,8 @@ def _warnings(options: ScoreOptions, known: Known, scored: Sequence[Scored], res
     warnings = []
     if known.fault is not None:
         warnings.append(f"anomaly: the calibration of {options.model} cannot be used: {known.fault}")
+    elif known.calibration is not None and options.label is not None:
+        warnings.append("anomaly: calibrated without labels; scores given a label have no p-values")
     elif known.calibration is None:
         warnings.append(f"anomaly: {options.model} is not calibrated, so its scores have no p-values")
     if options.heatmap:
