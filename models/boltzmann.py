@@ -216,11 +216,8 @@ class Model(_protocol.Model, OnePassDensity):
     def unpack(self, odd: Tensor, dtype: torch.dtype = torch.float32) -> States:
         """States of which the odd layers' bits are given (B, units of the odd layers)."""
         states = self.blank(torch.zeros(len(odd), len(self.base), dtype=dtype, device=odd.device))
-        odd_layers = range(1, self.depth + 1, 2)
-        for layer, bits in zip(
-            odd_layers, torch.split(odd, [self.config.hidden[k - 1] for k in odd_layers], dim=1), strict=True
-        ):
-            states[layer] = _bits(bits, dtype)
+        for k, bits in enumerate(torch.split(odd, list(self.config.hidden[::2]), dim=1)):
+            states[1 + 2 * k] = _bits(bits, dtype)
         return states
 
     def pack(self, states: States) -> Tensor:
@@ -237,7 +234,8 @@ class Model(_protocol.Model, OnePassDensity):
         for batch in batches:
             total += _grey.statistics(batch.x.flatten(1)).double().sum(dim=0)
             images += len(batch.x)
-            labels += torch.bincount(self._conditions(batch.labels).clamp(min=0), minlength=self.conditions)
+            given = self._conditions(batch.labels)
+            labels += torch.bincount(given[given >= 0], minlength=self.conditions)
         on, level = total.chunk(2)
         share = (on + 0.5) / (images + 1)  # half an image more, mid-grey, and half of a black one
         base = _grey.fit(share, (level + 0.25) / (on + 0.5))

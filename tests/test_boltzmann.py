@@ -233,6 +233,7 @@ def test_images_without_a_label_teach_a_labelled_machine_nothing() -> None:
     assert all((g == 0).all() for g in torch.autograd.grad(loss, list(model.parameters())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden", "chains"), [((8,), 0), ((8,), 40), ((8, 4), 40), ((6, 4, 3), 40)], ids=["cd", "pcd", "two", "three"]
 )

@@ -209,6 +209,7 @@ def made_like(model: Model) -> Model:
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restart", [0.05, 1.0], ids=["replayed", "short runs"])
 def test_it_learns_to_draw_what_no_gaussian_draws(restart: float) -> None:
     """Images that are all dark or all bright: the Gaussian of both draws grey ones, the model hardly any."""
