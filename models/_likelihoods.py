@@ -68,16 +68,13 @@ class LogisticMixture(PixelLikelihood):
 
     params, in order: K mixture logits, K·C means μ on the scale where black is −1 and white is 1, K·C log-scales in
     those units.
-
-    narrowest: the least log-scale. −7 is a ninth of a level, a point mass. Where nothing is gained by narrower ones, a
-    model has no reason to spend its code on levels that nobody tells apart.
     """
 
     channels: int
     components: int = 5
-    narrowest: float = -7.0
 
-    BROADEST = 7.0  # a thousand times the range, where only black and white are left
+    # From a ninth of a level, a point mass, to a thousand times the range, where only black and white are left.
+    LOG_SCALE = (-7.0, 7.0)
 
     @property
     def parameters(self) -> int:
@@ -94,7 +91,7 @@ class LogisticMixture(PixelLikelihood):
         logits, mean, log_scale = torch.split(params.float(), [k, k * c, k * c], dim=1)
         half_range = (LEVELS - 1) / 2
         mu = (mean + 1.0) * half_range
-        s = log_scale.clamp(self.narrowest, self.BROADEST).exp() * half_range
+        s = log_scale.clamp(*self.LOG_SCALE).exp() * half_range
         return logits.log_softmax(dim=1)[:, :, None], mu.view(b, k, c, h, w), s.view(b, k, c, h, w)
 
     def log_prob(self, params: Tensor, x: Tensor) -> Tensor:
@@ -166,10 +163,10 @@ class Categorical(PixelLikelihood):
         return torch.zeros(self.parameters)
 
 
-def pixel_likelihood(name: str, channels: int, components: int, narrowest: float = -7.0) -> PixelLikelihood:
+def pixel_likelihood(name: str, channels: int, components: int) -> PixelLikelihood:
     """The likelihood of that name. Raises `ValueError` for another."""
     if name == "logistic":
-        return LogisticMixture(channels, components, narrowest)
+        return LogisticMixture(channels, components)
     if name == "categorical":
         return Categorical(channels)
     raise ValueError(

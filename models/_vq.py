@@ -5,14 +5,16 @@ What differs from the paper: the encoder's outputs have a fixed length (arXiv 21
 of the codebook is known; its vectors follow them by exponential moving averages, not by a loss (the paper's appendix
 A.1), and those that nothing is near to any more begin anew at an encoder's output (arXiv 2005.00341, §3.1), so that all
 K stay in use; a patch may have several codes, each for a part of z and from a codebook of its own (product
-quantisation, as in arXiv 1910.05453, §3.3); the decoder puts out a likelihood of 8-bit pixels, and going up it shuffles
-pixels, which leaves no checkerboard of overlapping kernels.
+quantisation, as in arXiv 1910.05453, §3.3); the decoder puts out a likelihood of 8-bit pixels, a logistic each: the
+means learn at one scale for all pixels, as the paper's do, and the scales learn what that leaves; going up, the decoder
+shuffles pixels, which leaves no checkerboard of overlapping kernels.
 
     variable      paper
     z             z_e(x), the encoder's outputs
     vectors       e, the K vectors of the codebook
     codes         q(z | x), one-hot: the index of the nearest vector
     commitment    β
+    scale         log of the scale that the means learn at, where black is −1 and white is 1
 
     B    images, C × H × W        T    patches of an image, H/4 × W/4 in reading order
     G    codes of a patch         D    dimensions of a vector
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models._likelihoods import PixelLikelihood
+from models._likelihoods import LogisticMixture
 from models._nn import at_least, zeroed
 from models._protocol import ImageSpace
 
@@ -128,7 +130,6 @@ class DiscreteAutoencoder(nn.Module):
     def __init__(
         self,
         space: ImageSpace,
-        likelihood: PixelLikelihood,
         width: int,
         blocks: int,
         groups: int,
@@ -136,10 +137,11 @@ class DiscreteAutoencoder(nn.Module):
         dims: int,
         decay: float,
         commitment: float,
+        scale: float,
     ) -> None:
         super().__init__()
         _check(space, width, blocks, groups, codes, dims, decay, commitment)
-        self.likelihood, self.commitment = likelihood, commitment
+        self.likelihood, self.commitment, self.scale = LogisticMixture(space.channels, 1), commitment, scale
         self.height, self.width = space.height // PATCH, space.width // PATCH
         half = width // 2
         self.encoder = nn.Sequential(
@@ -163,11 +165,11 @@ class DiscreteAutoencoder(nn.Module):
         for module in (*self.encoder.modules(), *self.decoder.modules()):
             if isinstance(module, nn.Conv2d) and module.weight.any():  # not those of the residuals that begin at zero
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        bias = likelihood.initial_bias()
-        self.head = nn.Conv2d(half, 4 * len(bias), 3, padding=1)
+        self.mean, self.log_scale = (nn.Conv2d(half, 4 * space.channels, 3, padding=1) for _ in range(2))
         with torch.no_grad():
-            self.head.weight.mul_(0.1)
-            self.head.bias.copy_(bias.repeat_interleave(4))  # type: ignore[union-attr]
+            for head, value in ((self.mean, 0.0), (self.log_scale, scale)):
+                head.weight.mul_(0.1)
+                head.bias.fill_(value)  # type: ignore[union-attr]
 
     @property
     def _books(self) -> list[Codebook]:
@@ -217,14 +219,21 @@ class DiscreteAutoencoder(nn.Module):
         and what to log. The gradient passes through the choice of the vector as if it were none (straight-through,
         §3.2). Moves the codebooks.
 
+        −log p(x | z_q) stands here twice: at `scale`, where everything learns but the scales, and at the scales, which
+        alone learn there. Were the means to learn at the scales too, pixels that are hard to tell would become broad
+        and teach little more (arXiv 2203.09168): small shapes stayed blots, while the codes told flat greys exactly.
+
         quantised: False gives the decoder z_e itself, for a beginning: the codebooks then find an encoder that tells
         images apart, where the encoder would else learn to tell no more than poor codebooks can say.
         """
         z = self._outputs(x)
         codes = self._codes(z.detach())
         chosen = self._vectors(codes)
-        params = self._params(straight_through(z, chosen) if quantised else z)
-        reconstruction = -self.likelihood.log_prob(params, x).sum(dim=(1, 2)).mean() / x[0].numel()
+        features = self._features(straight_through(z, chosen) if quantised else z)
+        mean, log_scale = self._pixels(self.mean, features), self._pixels(self.log_scale, features.detach())
+        dims = x[0].numel()
+        at_one = -self._log_prob(x, mean, torch.full_like(log_scale, self.scale)).mean() / dims
+        reconstruction = -self._log_prob(x, mean.detach(), log_scale).mean() / dims
         distance = F.mse_loss(z, chosen)
         logged = []
         for g, book in enumerate(self._books):
@@ -232,7 +241,7 @@ class DiscreteAutoencoder(nn.Module):
             logged.append(book.metrics())
         metrics = {name: torch.stack([each[name] for each in logged]).mean() for name in logged[0]}
         metrics |= {"reconstruction": reconstruction.detach(), "distance": distance.detach()}
-        return reconstruction + self.commitment * distance, metrics
+        return at_one + reconstruction + self.commitment * distance, metrics
 
     def _codes(self, z: Tensor) -> Tensor:
         """(B, T, G, D) -> (B, T, G)"""
@@ -251,12 +260,27 @@ class DiscreteAutoencoder(nn.Module):
         z = z.reshape(len(x), self.tokens, len(self.codebooks), -1)
         return F.rms_norm(z, z.shape[3:], eps=1e-6)
 
+    def _features(self, vectors: Tensor) -> Tensor:
+        """(B, T, G, D) -> (B, ·, H/2, W/2)"""
+        grid = at_least(2, vectors).flatten(2).transpose(1, 2)
+        features: Tensor = self.decoder(grid.reshape(len(grid), -1, self.height, self.width))
+        return features[: len(vectors)]
+
     def _params(self, vectors: Tensor) -> Tensor:
         """(B, T, G, D) -> (B, P, H, W) float32"""
-        grid = at_least(2, vectors).flatten(2).transpose(1, 2)
-        grid = grid.reshape(len(grid), -1, self.height, self.width)
-        params = F.pixel_shuffle(self.head(self.decoder(grid)), 2)
-        return params[: len(vectors)].float()
+        features = self._features(vectors)
+        return self._joined(self._pixels(self.mean, features), self._pixels(self.log_scale, features))
+
+    def _pixels(self, head: nn.Module, features: Tensor) -> Tensor:
+        """(B, C, H, W) float32"""
+        return F.pixel_shuffle(head(at_least(2, features))[: len(features)], 2).float()
+
+    def _joined(self, mean: Tensor, log_scale: Tensor) -> Tensor:
+        """The parameters of a mixture of one logistic, whose weight's logit is any number."""
+        return torch.cat([torch.zeros_like(mean[:, :1]), mean, log_scale], dim=1)
+
+    def _log_prob(self, x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+        return self.likelihood.log_prob(self._joined(mean, log_scale), x).sum(dim=(1, 2))
 
 
 def straight_through(z: Tensor, chosen: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ one part text and seven parts image. A sample is drawn patch by patch after the 
 is what a score returns: one term of the sum over all codes that p(x) is, so a bound.
 
 What differs from the paper: the autoencoder is vector-quantised (arXiv 1711.00937), not relaxed by a Gumbel-softmax;
-its likelihood is a logistic of the 8-bit levels, no narrower than `narrowest`, in place of a logit-Laplace; attention
-is full, since the sequences are short; some captions are hidden in training, so that a sample can be guided away from
-what has no caption (arXiv 2207.12598, on logits), where the paper draws 512 images and ranks them.
+its likelihood is a logistic of the 8-bit levels, in place of a logit-Laplace; attention is full, since the sequences
+are short; some captions are hidden in training, so that a sample can be guided away from what has no caption (arXiv
+2207.12598, on logits), where the paper draws 512 images and ranks them.
 
     B    rows: chains, images      L    tokens of a caption      D    width
     T    patches of an image       G    codes of a patch
@@ -35,7 +35,6 @@ from torch.nn import functional as F
 from models import _codes, _protocol
 from models._captions import PADDING, Captions
 from models._codes import CodeRows, CodeTransformer
-from models._likelihoods import LogisticMixture
 from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Score, Spec, Steps
 from models._transformer import Cache
 from models._vq import DiscreteAutoencoder
@@ -54,8 +53,8 @@ class Config:
     blocks: int = 2  # residual blocks there, in the encoder and in the decoder
     decay: float = 0.99  # γ of the codebook's moving averages
     commitment: float = 0.25  # β
-    narrowest: float = -3.0  # least log-scale of a pixel's logistic, where black is −1 and white is 1
-    first_stage: float = 0.4  # part of the training that the autoencoder has
+    scale: float = -1.5  # log of the scale that the pixels' means learn at, where black is −1 and white is 1
+    first_stage: float = 0.5  # part of the training that the autoencoder has
     unquantised: float = 0.1  # part of that in which the decoder sees no codes yet
     vocabulary: int = 352  # of the captions' tokens
     caption_tokens: int = 16  # L
@@ -88,7 +87,6 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         self.config = config
         self.autoencoder = DiscreteAutoencoder(
             space,
-            LogisticMixture(space.channels, 1, config.narrowest),
             config.width,
             config.blocks,
             config.groups,
@@ -96,6 +94,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
             config.dims,
             config.decay,
             config.commitment,
+            config.scale,
         )
         tokens, d, length = self.autoencoder.tokens, config.transformer_width, config.caption_tokens
         self.captions = Captions(config.vocabulary, length)

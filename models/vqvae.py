@@ -27,7 +27,6 @@ from torch.nn import functional as F
 
 from models import _codes, _protocol, _random
 from models._codes import CodeRows, CodeTransformer
-from models._likelihoods import pixel_likelihood
 from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Score, Spec, Steps
 from models._vq import DiscreteAutoencoder
 
@@ -45,10 +44,8 @@ class Config:
     blocks: int = 2  # residual blocks there, in the encoder and in the decoder
     decay: float = 0.99  # γ of the codebook's moving averages
     commitment: float = 0.25  # β
-    likelihood: str = "logistic"  # of a pixel given the codes, or "categorical"
-    components: int = 1  # of the logistic mixture
-    narrowest: float = -7.0  # least log-scale of a logistic, where black is −1 and white is 1
-    first_stage: float = 0.4  # part of the training that the autoencoder has
+    scale: float = -1.5  # log of the scale that the pixels' means learn at, where black is −1 and white is 1
+    first_stage: float = 0.5  # part of the training that the autoencoder has
     unquantised: float = 0.1  # part of that in which the decoder sees no codes yet
     prior_width: int = 96  # D
     prior_heads: int = 3
@@ -76,10 +73,8 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         super().__init__()
         _check(config)
         self.config = config
-        likelihood = pixel_likelihood(config.likelihood, space.channels, config.components, config.narrowest)
         self.autoencoder = DiscreteAutoencoder(
             space,
-            likelihood,
             config.width,
             config.blocks,
             config.groups,
@@ -87,6 +82,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
             config.dims,
             config.decay,
             config.commitment,
+            config.scale,
         )
         tokens = self.autoencoder.tokens
         self.prior = CodeTransformer(

@@ -6,6 +6,7 @@ import models.bayesnet
 import models.boltzmann
 import models.consistency
 import models.ddpm
+import models.ebm
 import models.flow_matching
 import models.gan
 import models.gaussian
@@ -351,12 +352,26 @@ def vqvae() -> Run:
     """Class-conditional VQ-VAE, 49 patches of two codes, a transformer of four layers: 20 CPU minutes of one thread."""
     return Run(
         family="vqvae",
-        config=models.vqvae.Config(groups=2, codes=256, dims=8, narrowest=-3.0, first_stage=0.44),
+        config=models.vqvae.Config(groups=2, codes=256, dims=8),
         data="fashion-mnist",
-        steps=12_500,
-        restarts=(5_500,),  # where the prior's stage begins
+        steps=20_000,
+        restarts=(10_000,),  # where the prior's stage begins
+        batch_size=32,
+        optimisers={"autoencoder": AdamW(lr=4e-3), "prior": AdamW(lr=4e-3, weight_decay=0.05)},
+        channels_last=True,
+        storage="fp16",
+    )
+
+
+def ebm() -> Run:
+    """Class-conditional energy-based model, short Langevin runs from a Gaussian: 22 CPU minutes of one thread."""
+    return Run(
+        family="ebm",
+        config=models.ebm.Config(langevin_steps=20, restart=1.0, default_steps=20),
+        data="fashion-mnist",
+        steps=3_600,
         batch_size=64,
-        optimisers={"autoencoder": AdamW(lr=2e-3), "prior": AdamW(lr=4e-3, weight_decay=0.05)},
+        optimisers={"energy": AdamW(lr=1e-3, betas=(0.0, 0.99))},
         channels_last=True,
         storage="fp16",
     )

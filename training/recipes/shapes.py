@@ -14,10 +14,10 @@ def dalle() -> Run:
         family="dalle",
         config=models.dalle.Config(),
         data="shapes",
-        steps=13_000,
-        restarts=(5_200,),  # where the transformer's stage begins
-        batch_size=64,
-        optimisers={"autoencoder": AdamW(lr=2e-3), "transformer": AdamW(lr=4e-3, weight_decay=0.05)},
+        steps=24_000,
+        restarts=(12_000,),  # where the transformer's stage begins
+        batch_size=32,
+        optimisers={"autoencoder": AdamW(lr=4e-3), "transformer": AdamW(lr=4e-3, weight_decay=0.05)},
         channels_last=True,
         storage="fp16",
     )
