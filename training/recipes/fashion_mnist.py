@@ -131,7 +131,10 @@ def realnvp() -> Run:
 
 
 def nice() -> Run:
-    """NICE behind a logit, four convolutional couplings and eight dense ones: 8 CPU minutes of one thread."""
+    """NICE behind a logit, four convolutional couplings and eight dense ones: 8 CPU minutes of one thread.
+
+    Reached: 3.713 bits/dim on the 10,000 test images; of 1,000 samples FD-local 335, coverage 0.33.
+    """
     return Run(
         family="nice",
         config=models.nice.Config(couplings=("convolutional",) * 4 + ("dense",) * 8, units=88, channels=32),
@@ -146,6 +149,9 @@ def nice() -> Run:
 def glow() -> Run:
     """Class-conditional Glow, 20 steps of flow on two scales, couplings told label and place: 35 CPU minutes of one
     thread.
+
+    Reached on the 10,000 test images 3.068 bits/dim without labels and 3.000 given them. Of 1,000 samples a classifier
+    (92.5 % right on the test images) sees the asked class in 93.5 %; FD-local 60, coverage 0.81.
     """
     return Run(
         family="glow",
