@@ -147,7 +147,7 @@ def nice() -> Run:
 
 
 def glow() -> Run:
-    """Class-conditional Glow, 20 steps of flow on two scales, couplings told label and place: 35 CPU minutes of one
+    """Class-conditional Glow, 20 steps of flow on two scales, couplings told label and place: 37 CPU minutes of one
     thread.
 
     Reached on the 10,000 test images 3.068 bits/dim without labels and 3.000 given them. Of 1,000 samples a classifier
@@ -330,7 +330,12 @@ def naive_bayes() -> Run:
 
 
 def rbm() -> Run:
-    """Class-conditional RBM of 320 hidden units, persistent chains: 8 CPU minutes of one thread."""
+    """Class-conditional RBM of 320 hidden units, persistent chains: 8 CPU minutes of one thread.
+
+    Reached 3.890 ± 0.011 bits/dim on the 10,000 test images without labels; annealing forwards and backwards found
+    log Z within 0.017 bits/dim of each other. A classifier that is right on 92.5 % of the test images sees the asked
+    class in 79 % of 1,000 samples after 100 sweeps: garments are plain to see, and soft.
+    """
     return Run(
         family="boltzmann",
         config=models.boltzmann.Config(hidden=(320,)),
