@@ -209,6 +209,15 @@ class DiscreteAutoencoder(nn.Module):
         anywhere = torch.stack([book.mean() for book in self._books])
         return self._params(torch.where(known[..., None, None], self._vectors(codes), anywhere))
 
+    def median(self, params: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1]: what to show of the likelihood's parameters (B, P, H, W).
+
+        The median of a logistic is its location, which is what has learnt to be near to the pixel. The expected level,
+        of what is cut off at black and white, is drawn towards grey wherever the scale is broad.
+        """
+        location = params[:, 1 : 1 + self.likelihood.channels]
+        return ((location + 1) / 2).clamp(0.0, 1.0)
+
     def veiled(self, x: Tensor, known: Tensor) -> Tensor:
         """Images x (B, C, H, W), grey in the patches that are not known (B, T)."""
         seen = known.view(-1, 1, self.height, self.width)

@@ -54,7 +54,7 @@ class Config:
     decay: float = 0.99  # γ of the codebook's moving averages
     commitment: float = 0.25  # β
     scale: float = -1.5  # log of the scale that the pixels' means learn at, where black is −1 and white is 1
-    first_stage: float = 0.5  # part of the training that the autoencoder has
+    first_stage: float = 0.4  # part of the training that the autoencoder has
     unquantised: float = 0.1  # part of that in which the decoder sees no codes yet
     vocabulary: int = 352  # of the captions' tokens
     caption_tokens: int = 16  # L
@@ -121,8 +121,8 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         return torch.cat([self.begin.expand(len(text), 1, -1), self.text[text]], dim=1)
 
     def reconstruct(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The expected image given the codes."""
-        return self.autoencoder.likelihood.mean(self.autoencoder.decode(self.autoencoder.encode(x)))
+        """Every pixel's median given the codes."""
+        return self.autoencoder.median(self.autoencoder.decode(self.autoencoder.encode(x)))
 
     # objective
 
@@ -202,7 +202,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
 
     def image(self, rows: CaptionedRows) -> Tensor:
         """What the codes so far are decoded to; grey where none has been drawn."""
-        x = self.autoencoder.likelihood.mean(self.autoencoder.params(rows.codes, rows.known))
+        x = self.autoencoder.median(self.autoencoder.params(rows.codes, rows.known))
         return self.autoencoder.veiled(x, rows.known)
 
     # density

@@ -10,8 +10,8 @@ is what a score returns: one term of the sum over all codes that p(x | label) is
 posterior that puts all its mass on the codes that the encoder chooses.
 
 What differs from the paper: the prior is a transformer, not a PixelCNN, and starts from the label; the decoder's
-likelihood is one of 8-bit pixels; and the codebook as `models._vq` says. A sample shows the decoder's expected image;
-the solver "draw" draws every pixel, which adds noise that is independent given the codes.
+likelihood is one of 8-bit pixels; and the codebook as `models._vq` says. A sample shows every pixel's median; the
+solver "draw" draws every pixel, which adds noise that is independent given the codes.
 
     B    rows: chains, images    T    patches of an image    G    codes of a patch    D    width of the prior
 """
@@ -45,7 +45,7 @@ class Config:
     decay: float = 0.99  # γ of the codebook's moving averages
     commitment: float = 0.25  # β
     scale: float = -1.5  # log of the scale that the pixels' means learn at, where black is −1 and white is 1
-    first_stage: float = 0.5  # part of the training that the autoencoder has
+    first_stage: float = 0.4  # part of the training that the autoencoder has
     unquantised: float = 0.1  # part of that in which the decoder sees no codes yet
     prior_width: int = 96  # D
     prior_heads: int = 3
@@ -60,7 +60,7 @@ class VQRows(CodeRows):
     seed: Tensor  # (B,)
     sample: Tensor  # (B,)
     label: Tensor  # (B,)
-    drawn: Tensor  # (B,) bool: the image is a draw from the pixels' likelihood, not its mean
+    drawn: Tensor  # (B,) bool: the image is a draw from the pixels' likelihood, not its median
 
 
 class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
@@ -94,7 +94,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
             family="vqvae",
             image=space,
             steps=Steps(unit="token", min=tokens, default=tokens, max=tokens),
-            solvers=("mean", "draw"),
+            solvers=("median", "draw"),
             likelihood=Likelihood(kind="bound", dequantisation="none", note="the encoder's codes alone"),
             temperature=Range(min=0.1, default=1.0, max=2.0),
             top_k=config.codes,
@@ -105,8 +105,8 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         return self.label[torch.where(labels < 0, len(self.label) - 1, labels)][:, None]
 
     def reconstruct(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The expected image given the codes; they do not depend on labels."""
-        return self.autoencoder.likelihood.mean(self.autoencoder.decode(self.autoencoder.encode(x)))
+        """Every pixel's median given the codes; they do not depend on labels."""
+        return self.autoencoder.median(self.autoencoder.decode(self.autoencoder.encode(x)))
 
     # objective
 
@@ -153,7 +153,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
     def image(self, rows: VQRows) -> Tensor:
         """What the codes so far are decoded to; grey where none has been drawn."""
         params = self.autoencoder.params(rows.codes, rows.known)
-        x = self.autoencoder.likelihood.mean(params)
+        x = self.autoencoder.median(params)
         if rows.drawn.any():
             shape = (self.autoencoder.likelihood.uniforms, *x.shape[2:])
             uniforms = _random.uniform(rows.seed, rows.sample, 0, PIXELS, shape)

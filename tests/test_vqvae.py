@@ -182,7 +182,7 @@ def test_an_image_partly_known_is_grey_elsewhere_and_whole_when_all_is_known() -
     model = built()
     codes = model.autoencoder.encode(pictures(3, LABELLED))
     known = torch.tensor([[True, False, False, False], [True, True, True, True], [False] * 4])
-    x = model.autoencoder.veiled(model.autoencoder.likelihood.mean(model.autoencoder.params(codes, known)), known)
+    x = model.autoencoder.veiled(model.autoencoder.median(model.autoencoder.params(codes, known)), known)
     assert (x[0, :, :4, 4:] == 0.5).all()
     assert (x[0, :, 4:] == 0.5).all()
     assert (x[0, :, :4, :4] != 0.5).any()
@@ -317,16 +317,19 @@ def test_the_bound_is_a_term_of_the_sum_over_all_codes() -> None:
 
 
 @torch.inference_mode()
-def test_a_drawn_image_shows_the_codes_of_its_mean() -> None:
+def test_a_drawn_image_shows_the_codes_of_its_median() -> None:
     model = built()
-    asked = [Draw(seed=3, sample=0, steps=4, label=1, solver=solver) for solver in ("mean", "draw")]
+    asked = [Draw(seed=3, sample=0, steps=4, label=1, solver=solver) for solver in ("median", "draw")]
     rows = model.init(asked)
     while int(rows.left.max()):
         rows = model.step(rows)
     assert torch.equal(rows.codes[0], rows.codes[1])
-    mean, drawn = model.image(rows)
-    assert torch.equal(mean, model.autoencoder.likelihood.mean(model.autoencoder.decode(rows.codes))[0])
-    assert not torch.equal(mean, drawn)
+    median, drawn = model.image(rows)
+    params = model.autoencoder.decode(rows.codes)
+    assert torch.equal(median, model.autoencoder.median(params)[0])
+    assert not torch.equal(median, drawn)
+    half = torch.full((1, model.autoencoder.likelihood.uniforms, 8, 8), 0.5)
+    torch.testing.assert_close(model.autoencoder.likelihood.draw(params[:1], half)[0], median, rtol=0, atol=0.51 / 255)
     assert torch.equal((drawn * 255).round() / 255, drawn)
 
 

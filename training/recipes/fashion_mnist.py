@@ -371,7 +371,7 @@ def vqvae() -> Run:
         config=models.vqvae.Config(groups=2, codes=256, dims=8),
         data="fashion-mnist",
         steps=20_000,
-        restarts=(10_000,),  # where the prior's stage begins
+        restarts=(8_000,),  # where the prior's stage begins
         batch_size=32,
         optimisers={"autoencoder": AdamW(lr=4e-3), "prior": AdamW(lr=4e-3, weight_decay=0.05)},
         channels_last=True,

@@ -14,8 +14,8 @@ def dalle() -> Run:
         family="dalle",
         config=models.dalle.Config(),
         data="shapes",
-        steps=24_000,
-        restarts=(12_000,),  # where the transformer's stage begins
+        steps=22_500,
+        restarts=(9_000,),  # where the transformer's stage begins
         batch_size=32,
         optimisers={"autoencoder": AdamW(lr=4e-3), "transformer": AdamW(lr=4e-3, weight_decay=0.05)},
         channels_last=True,
