@@ -380,12 +380,12 @@ def vqvae() -> Run:
 
 
 def ebm() -> Run:
-    """Class-conditional energy-based model, short Langevin runs from a Gaussian: 22 CPU minutes of one thread."""
+    """Class-conditional energy-based model, replayed Langevin chains from a Gaussian: 22 CPU minutes of one thread."""
     return Run(
         family="ebm",
-        config=models.ebm.Config(langevin_steps=20, restart=1.0, default_steps=20),
+        config=models.ebm.Config(langevin_steps=15, restart=0.2, replay=2000, default_steps=60),
         data="fashion-mnist",
-        steps=3_600,
+        steps=4_600,
         batch_size=64,
         optimisers={"energy": AdamW(lr=1e-3, betas=(0.0, 0.99))},
         channels_last=True,
