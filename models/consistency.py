@@ -12,7 +12,7 @@ image. It is learnt from pairs of neighbouring points, σ_min = σ_1 < … < σ_
 
 Both as 2310.14189 trains: no averaged copy as the target, pseudo-Huber distances, noise levels drawn from a discretised
 log-normal, N doubling as training goes on. What differs from the papers: the teacher's step is Euler's where 2303.01469
-takes Heun's, for half the evaluations; no dropout; the noise levels of a sample of several steps are even in
+takes Heun's, for half the evaluations; no dropout; distances may be weighted by 1 / |c_out|; the noise levels of a sample of several steps are even in
 arctan(σ / σ_data), not searched for. With σ_data = 1 the scalings are those of v-prediction on the cosine schedule, and
 the network is told that schedule's time: a student with the weights of such a teacher begins as the teacher's D.
 
@@ -39,7 +39,7 @@ from models._protocol import Batch, Denoiser, Draw, ImageSpace, Spec, Steps
 
 RHO = 7.0  # how noise levels crowd towards σ_min (2206.00364, eq. 5)
 HUBER = 0.00054  # c / √D of the pseudo-Huber distance (2310.14189, §3.3)
-WEIGHTINGS = ("interval", "even")
+WEIGHTINGS = ("interval", "output", "even")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Config:
     intervals: tuple[int, int] = (10, 1280)  # between noise levels, at first and at last
     noise_mean: float = -1.1  # of log σ, as training draws it
     noise_std: float = 2.0
-    weighting: str = "interval"  # 1 / (σ_{i+1} − σ_i), or "even": 1
+    weighting: str = "interval"  # of the distance: 1 / (σ_{i+1} − σ_i); "output": 1 / |c_out|; "even": 1
     label_dropout: float = 0.1  # how often training hides the label, so that p(x) is learnt next to p(x | y)
     guidance_scale: float = 1.5  # of the teacher
     max_steps: int = 8
@@ -125,13 +125,18 @@ class Model(_protocol.Model):
 
     def consistency(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """f(x, σ) (B, C, H, W) on the scale [−1, 1], for x (B, C, H, W) with noise sigma (B,)."""
-        scale, above = self.config.sigma_data, sigma - self.config.sigma_min
-        c_skip = scale**2 / (above.square() + scale**2)
-        c_out = -scale * above * (sigma.square() + scale**2).rsqrt()  # the sign makes v of what the network gives out
+        scale = self.config.sigma_data
+        c_skip = scale**2 / ((sigma - self.config.sigma_min).square() + scale**2)
+        c_out = -self._reach(sigma)  # the sign makes v of what the network gives out
         c_in = (sigma.square() + scale**2).rsqrt()
         inputs = detailed(column(c_in) * x, self.config.detail_periods)
         out: Tensor = self.network(inputs, cosine_time(sigma / scale), labels)
         return column(c_skip) * x + column(c_out) * out
+
+    def _reach(self, sigma: Tensor) -> Tensor:
+        """|c_out| (B,): how far what the network gives out can move the image."""
+        scale = self.config.sigma_data
+        return scale * (sigma - self.config.sigma_min) * (sigma.square() + scale**2).rsqrt()
 
     # ---- training
 
@@ -167,9 +172,9 @@ class Model(_protocol.Model):
                 below = self._euler(batch.teacher, x, sigma, lower, labels)
             target = self.consistency(below, lower, labels)
         distance = pseudo_huber(estimate, target)
-        weight = 1 / (sigma - lower) if c.weighting == "interval" else torch.ones_like(sigma)
+        weight = {"interval": 1 / (sigma - lower), "output": 1 / self._reach(sigma), "even": torch.ones_like(sigma)}
         metrics = {"distance": distance.detach().mean(), "intervals": torch.tensor(float(intervals))}
-        yield "network", (weight * distance).mean(), metrics
+        yield "network", (weight[c.weighting] * distance).mean(), metrics
 
     def _euler(self, teacher: Denoiser, x: Tensor, sigma: Tensor, lower: Tensor, labels: Tensor) -> Tensor:
         """The teacher's ODE, one step from sigma down to lower."""

@@ -90,6 +90,28 @@ def test_of_a_teacher_of_another_shape_it_takes_what_fits() -> None:
         assert torch.equal(student.state_dict()[name], theirs[name][: len(before[name])])
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_a_distance_over_what_the_network_can_reach_is_one_between_its_outputs(sigma_data: float) -> None:
+    class Constant(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return torch.full_like(x[:, :1], self.value)
+
+    model = moved(sigma_data=sigma_data)
+    sigma = torch.logspace(-2, 2, 9)
+    x, labels = noisy(sigma), torch.zeros(9, dtype=torch.int64)
+    ends = []
+    for value in (0.0, 0.1):
+        model.network = Constant(value)  # type: ignore[assignment]
+        ends.append(model.consistency(x, sigma, labels))
+    distance = (ends[1] - ends[0]).square().sum(dim=(1, 2, 3)).sqrt()
+    torch.testing.assert_close(distance / model._reach(sigma), torch.full((9,), 0.1 * 8), rtol=1e-3, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------ schedules
 
 
@@ -274,7 +296,7 @@ def test_the_target_is_held_fixed_and_the_teacher_is_asked_under_the_guidance_th
         ({"sigma_min": 90.0}, "sigma_min, sigma_max: 90.0, 80.0"),
         ({"intervals": (20, 10)}, r"intervals: \(20, 10\)"),
         ({"intervals": (0, 10)}, r"intervals: \(0, 10\)"),
-        ({"weighting": "odd"}, "weighting: 'odd'; there are interval, even"),
+        ({"weighting": "odd"}, "weighting: 'odd'; there are interval, output, even"),
         ({"label_dropout": 1.0}, "label_dropout: 1.0"),
         ({"guidance_scale": -1.0}, "guidance_scale: -1.0"),
         ({"max_steps": 0}, "max_steps: 0"),

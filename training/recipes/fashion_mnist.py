@@ -45,9 +45,9 @@ def consistency() -> Run:
     """
     return Run(
         family="consistency",
-        config=models.consistency.Config(intervals=(10, 40), noise_mean=1.0, weighting="even"),
+        config=models.consistency.Config(intervals=(10, 40), noise_mean=0.0, weighting="output"),
         data="fashion-mnist",
-        steps=2_600,
+        steps=2_300,
         batch_size=64,
         optimisers={"network": AdamW(lr=1e-3)},
         teacher="fashion-mnist-ddpm",
