@@ -12,9 +12,10 @@ image. It is learnt from pairs of neighbouring points, σ_min = σ_1 < … < σ_
 
 Both as 2310.14189 trains: no averaged copy as the target, pseudo-Huber distances, noise levels drawn from a discretised
 log-normal, N doubling as training goes on. What differs from the papers: the teacher's step is Euler's where 2303.01469
-takes Heun's, for half the evaluations; no dropout; distances may be weighted by 1 / |c_out|; the noise levels of a sample of several steps are even in
-arctan(σ / σ_data), not searched for. With σ_data = 1 the scalings are those of v-prediction on the cosine schedule, and
-the network is told that schedule's time: a student with the weights of such a teacher begins as the teacher's D.
+takes Heun's, for half the evaluations; no dropout; distances may be weighted by 1 / |c_out|; the noise levels of a
+sample of several steps are even in arctan(σ / σ_data), not searched for. With σ_data = 1 the scalings are those of
+v-prediction on the cosine schedule, and the network is told that schedule's time: a student with the weights of such a
+teacher begins as the teacher's D.
 
     variable                  papers
     least, greatest           ε or σ_min, T or σ_max
