@@ -21,8 +21,8 @@ from service.scheduler import Load
 Priority: TypeAlias = Literal["interactive", "batch"]
 
 
-MAX_DEATHS = 3  # workers that a job may take down with it
-SUSPECT = 2  # deaths after which a worker does a job alone, so that the next death is not blamed on the innocent
+MAX_DEATHS = 3  # workers that may stop while they do this job and no other: after that it is given up
+SUSPECT = 2  # deaths, in whatever company, after which a worker does a job alone, to see whether it is to blame
 CANCELLED = "cancelled"  # why a job was lost that nobody wanted any longer
 
 
@@ -43,6 +43,7 @@ class Job:
     about: bytes = b""  # what the API wants to read again in `status`, whichever replica is asked
     attempt: int = 1  # how many workers it has been given to
     deaths: int = 0  # workers that stopped after they had told something of it
+    deaths_alone: int = 0  # and of these, workers that had no other job then
     queued_seconds: float = 0.0  # how long it waited for this worker
 
 

@@ -224,11 +224,15 @@ class LocalBroker(Broker):
 
     def _give_back(self, name: str, link: _Link) -> None:
         """A worker is gone: its jobs go to others."""
+        alone = len(link.jobs) == 1
         for job_id in list(link.jobs):
             record = self._records[job_id]
-            record.job = dataclasses.replace(record.job, deaths=record.job.deaths + record.began)
-            if record.job.deaths >= MAX_DEATHS:
-                self._end(record, lost=f"{record.job.deaths} workers stopped while they worked on it")
+            job = record.job
+            record.job = dataclasses.replace(
+                job, deaths=job.deaths + record.began, deaths_alone=job.deaths_alone + (record.began and alone)
+            )
+            if record.job.deaths_alone >= MAX_DEATHS:
+                self._end(record, lost=f"{MAX_DEATHS} workers stopped while they worked on it alone")
                 del link.jobs[job_id]
         if link.jobs:
             log.warning("worker %s stopped; its %d jobs are queued again", name, len(link.jobs))

@@ -337,7 +337,8 @@ class RedisClaims(Claims):
         async def tell() -> int:
             payloads = [await self._store.store(event.payload, lifetime) for event in events]
             told: int = await self._store.run(
-                "publish", job_id, self.name, job.attempt, "1" if final else "0", *payloads
+                *("publish", job_id, self.name, job.attempt),
+                *("company" if len(self._held) > 1 else "alone", "1" if final else "0", *payloads),
             )
             return told
 
@@ -400,8 +401,14 @@ class RedisClaims(Claims):
         taken = await self._store.run("take", queue, entry, job_id, self.name, MAX_DEATHS)
         if taken is None:
             return
-        packed, attempt, deaths, waited = taken
-        job = dataclasses.replace(_job_in(packed), attempt=attempt, deaths=deaths, queued_seconds=waited / 1000)
+        packed, attempt, deaths, deaths_alone, waited = taken
+        job = dataclasses.replace(
+            _job_in(packed),
+            attempt=attempt,
+            deaths=deaths,
+            deaths_alone=deaths_alone,
+            queued_seconds=waited / 1000,
+        )
         try:
             job = dataclasses.replace(job, payload=await self._store.fetch(job.payload))
         except JobLost as e:

@@ -139,20 +139,37 @@ async def test_jobs_of_a_dead_worker_are_done_by_another(kind: Kind) -> None:
             )
 
 
-async def test_a_job_that_takes_three_workers_down_is_lost_with_a_reason(kind: Kind) -> None:
+async def test_a_job_that_takes_three_workers_down_alone_is_lost_with_a_reason(kind: Kind) -> None:
     async with kind.broker() as broker:
         for k in range(3):
             async with workers(kind, broker, f"w{k}") as [w]:
                 if k == 0:
                     await broker.submit(job("poison"))
                 taken = await claim(w)
-                assert (taken.attempt, taken.deaths) == (k + 1, k)
+                assert (taken.attempt, taken.deaths, taken.deaths_alone) == (k + 1, k, k)
                 await w.claims.publish("poison", [Event(b"began")])
         async with workers(kind, broker, "w3") as [w]:
             waiting = asyncio.create_task(claim(w))
             with pytest.raises(JobLost, match="3 workers stopped while they worked on it"):
                 await told(broker, "poison")
             waiting.cancel()
+
+
+async def test_a_death_in_company_makes_a_job_a_suspect_but_never_condemns_it(kind: Kind) -> None:
+    async with kind.broker() as broker:
+        for k in range(4):
+            async with workers(kind, broker, f"w{k}") as [w]:
+                if k == 0:
+                    await broker.submit(job("a"))
+                    await broker.submit(job("b"))
+                taken = [await claim(w), await claim(w)]
+                assert [(t.deaths, t.deaths_alone) for t in taken] == [(k, 0), (k, 0)]
+                for t in taken:
+                    await w.claims.publish(t.id, [Event(b"began")])
+        async with workers(kind, broker, "last") as [w]:
+            for t in [await claim(w), await claim(w)]:
+                await w.claims.publish(t.id, [Event(b"done", final=True)])
+            assert (await told(broker, "a"))[-1] == (await told(broker, "b"))[-1] == b"done"
 
 
 async def test_a_job_that_had_not_begun_is_not_blamed_for_its_workers_death(kind: Kind) -> None:

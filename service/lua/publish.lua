@@ -1,12 +1,12 @@
--- prefix, id, worker, attempt, final ('1' or '0'), payload ... -> 1, or 0 where the job is no longer this worker's
-local id, worker, attempt, final = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+-- prefix, id, worker, attempt, 'alone' or in 'company' of other jobs, final ('1' or '0'), payload ... -> 1, or 0 where the job is no longer this worker's
+local id, worker, attempt, company, final = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local key = job_key(id)
 local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'home')
 if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 0 end
-redis.call('HSET', key, 'began', 1)
+redis.call('HSET', key, 'began', company)
 local last = #ARGV
-local number = redis.call('HINCRBY', key, 'told', last - 5) - (last - 5)
-for k = 6, last do
+local number = redis.call('HINCRBY', key, 'told', last - 6) - (last - 6)
+for k = 7, last do
   number = number + 1
   redis.call('XADD', events_key(id), 'MAXLEN', '~', 4096, number .. '-0', 'p', ARGV[k], 'f', (k == last) and final or '0')
 end
