@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import toy_training as toy
+from servers import free_port
 from torch import Tensor
 
 import models
@@ -20,6 +21,7 @@ from models import _checkpoint
 from models._protocol import Batch, Denoiser, ImageSpace, Model
 from training import data
 from training.card import card
+from training.errors import RunError
 from training.recipes import recipes
 
 ROOT = Path(command.__file__).parents[1]
@@ -29,6 +31,64 @@ SPACES = {
     "fashion-mnist": ImageSpace(28, 28, 1, labels=data._GARMENTS),
     "shapes": ImageSpace(32, 32, 3, captions=True),
 }
+
+
+# ----------------------------------------------------------------------------------------------------- several machines
+
+
+def machine(out: Path, port: int) -> subprocess.Popen[str]:
+    """torchrun on one of two machines, with one process."""
+    rendezvous = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    launch = ["-m", "torch.distributed.run", *rendezvous, f"--rdzv-endpoint=127.0.0.1:{port}"]
+    run = ["-m", "training", "run", "digits-vae", "--steps", "6", "--accelerator", "cpu", "--threads", "1"]
+    return subprocess.Popen(
+        [sys.executable, *launch, *run, "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_two_machines_under_torchrun_share_a_run(tmp_path: Path) -> None:
+    port = free_port()
+    both = [machine(tmp_path, port) for _ in range(2)]
+    for said in [one.communicate(timeout=170)[0] for one in both]:
+        assert "Error" not in said, said
+    assert [one.returncode for one in both] == [0, 0]
+    about = _checkpoint.read_about(tmp_path)
+    assert about["training"]["devices"] == "2 × cpu"
+    assert about["recipe"]["steps"] == 6
+    assert sorted(p.name for p in (tmp_path / "resume").glob("random-*")) == [f"random-{k}.safetensors" for k in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "here", "everywhere", "found"),
+    [
+        (None, "4", "8", (4, 2)),
+        (4, "4", "4", (4, 1)),
+        (2, "4", "8", "devices: 2, but torchrun started 4 processes here"),
+        (None, "4", "6", "6 processes, 4 of them here"),
+    ],
+)
+def test_torchrun_says_how_many_devices_there_are(
+    asked: int | None,
+    here: str,
+    everywhere: str,
+    found: tuple[int, int] | str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert command._processes(asked) == (asked or 1, 1)
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": here, "WORLD_SIZE": everywhere}.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(found, str):
+        with pytest.raises(RunError, match=found):
+            command._processes(asked)
+    else:
+        assert command._processes(asked) == found
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes

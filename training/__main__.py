@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--steps", type=int, help="train for another number of steps than the recipe says")
     run.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     run.add_argument(
-        "--devices", type=_positive, default=1, help="devices (or processes on the CPU) to share each batch"
+        "--devices",
+        type=_positive,
+        help="devices of this machine (or processes on the CPU) to share each batch; by default 1. Under torchrun, "
+        "which starts the processes itself, what it says",
     )
     run.add_argument("--threads", type=_positive, help="CPU threads a process may use (default: torch's own choice)")
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint; write its metrics, samples and card")
@@ -119,12 +123,14 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         torch.set_num_threads(args.threads)
     out: Path = args.out or Path("runs") / args.recipe
     dataset = data.load(run.data, args.data_dir)
-    if args.accelerator == "cuda" and args.devices > torch.cuda.device_count():
-        raise RunError(f"devices: {args.devices} CUDA devices asked for, {torch.cuda.device_count()} found")
+    devices, machines = _processes(args.devices)
+    if args.accelerator == "cuda" and devices > torch.cuda.device_count():
+        raise RunError(f"devices: {devices} CUDA devices asked for, {torch.cuda.device_count()} found")
     fabric = Fabric(
         accelerator=args.accelerator,
-        devices=args.devices,
-        strategy="ddp" if args.devices > 1 else "auto",
+        devices=devices,
+        num_nodes=machines,
+        strategy="ddp" if devices * machines > 1 else "auto",
         precision="bf16-mixed" if run.precision == "bf16" else "32-true",
     )
     fabric.launch()
@@ -138,6 +144,18 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _processes(asked: int | None) -> tuple[int, int]:
+    """Devices of this machine, and machines: by torchrun's environment where it started this process."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return asked or 1, 1
+    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if asked not in (None, here):
+        raise RunError(f"devices: {asked}, but torchrun started {here} processes here; leave it out")
+    if everywhere % here:
+        raise RunError(f"torchrun: {everywhere} processes, {here} of them here; every machine must have as many")
+    return here, everywhere // here
 
 
 def _about(name: str, run: Run, dataset: data.Dataset, state: State, devices: str) -> dict[str, Any]:
