@@ -19,7 +19,7 @@ from drawwell import Client
 from drawwell.demo import show
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"a": (28, 28, 1), "b": (28, 28, 1), "c": (32, 32, 3)}
+SIZES = {"a": (28, 28, 1), "b": (28, 28, 1), "c": (32, 32, 3), "d": (28, 28, 1)}
 
 
 def spec(name: str, **changes: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def spec(name: str, **changes: Any) -> dict[str, Any]:
         "family": "gan",
         "status": "ready",
         "image": {"width": width, "height": height, "channels": channels},
-        "likelihood": {"kind": "exact", "dequantisation": "none"} if name == "a" else None,
+        "likelihood": {"kind": "exact", "dequantisation": "none"} if name in ("a", "d") else None,
         "conditioning": {"captions": True} if name == "c" else None,
     }
     return about | changes
@@ -70,8 +70,11 @@ class Server:
 
     def score(self, body: dict[str, Any]) -> httpx.Response:
         anomaly = {"score": 9.0, "p_value": 0.001, "is_anomaly": True, "alpha": 0.01}
+        warnings = [f"{body['model']} is not calibrated"]
         results = [{"log_prob": -1.0, "bits_per_dim": 0.5, "anomaly": anomaly} for _ in body["images"]]
-        return httpx.Response(200, json={"model": body["model"], "kind": "exact", "results": results})
+        return httpx.Response(
+            200, json={"model": body["model"], "kind": "exact", "results": results, "warnings": warnings}
+        )
 
 
 def run(models: list[dict[str, Any]], out: Path) -> tuple[int, str, Server]:
@@ -83,18 +86,20 @@ def run(models: list[dict[str, Any]], out: Path) -> tuple[int, str, Server]:
 
 
 def test_every_model_draws_a_sheet_and_every_density_scores_what_fits_it(tmp_path: Path) -> None:
-    status, told, server = run([spec("a"), spec("b"), spec("c")], tmp_path)
+    status, told, server = run([spec("a"), spec("b"), spec("c"), spec("d")], tmp_path)
     assert status == 0
     for name, (width, height, _) in SIZES.items():
         scale = 96 // max(width, height)
         with Image.open(tmp_path / f"{name}.png") as sheet:
             assert sheet.size == (2 * width * scale + 2, 2 * height * scale + 2)
         assert str(tmp_path / f"{name}.png") in told
-    assert [body.get("prompt") is not None for body in server.bodies["/generate"]] == [False, False, True]
+    assert [body.get("prompt") is not None for body in server.bodies["/generate"]] == [False, False, True, False]
     scored = sorted(path.name for path in (tmp_path / "scored").iterdir())
-    assert scored == ["a-by-a.png", "a-by-b.png", "a-grey.png", "a-noise.png", "a-upside-down.png"]
-    assert [len(body["images"]) for body in server.bodies["/score"]] == [5]
-    assert "anomaly" in told
+    assert scored == [f"{name}-{shown}.png" for name in "ad" for shown in ("grey", "its-own", "noise", "upside-down")]
+    assert [len(body["images"]) for body in server.bodies["/score"]] == [4, 4]
+    assert "0.500, anomaly" in told
+    assert told.count("note") == 1
+    assert "note, of a, d: … is not calibrated" in told
 
 
 def test_a_broken_model_is_told_and_the_others_are_shown(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ It uses nothing but the client: what it does, any program can do. Needs the extr
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ try:
 except ImportError as error:
     raise SystemExit("the demo shows its progress with `rich`: pip install 'drawwell[demo]'") from error
 
+CANDIDATES = ("its own", "upside down", "noise", "grey")
 CAPTION = "two small red circles above a blue square"
 
 
@@ -117,51 +119,52 @@ def _prompt(model: Model) -> str | None:
 
 
 def score(well: Client, console: Console, models: Sequence[Model], drawn: dict[str, Images], out: Path) -> None:
-    """Every model that has a likelihood scores one image by each model, and a few that no model has drawn."""
+    """Every model that has a likelihood scores an image of its own, and three that are none of its kind."""
     scorers = [model for model in models if model.likelihood is not None and model.image is not None]
     if not scorers:
         console.print("no model here has a likelihood, so none can score")
         return
     folder = out / "scored"
     folder.mkdir(exist_ok=True)
-    for scorer in scorers:
-        pictures = _candidates(scorer, drawn)
-        with console.status(f"{scorer.id} scores {len(pictures)} pictures"):
-            scores = well.score(scorer.id, pictures.values())
-        table = Table("picture", "bits/dim", "p-value", "verdict")
-        for (name, picture), result in zip(pictures.items(), scores, strict=True):
-            picture.save(folder / f"{scorer.id}-{name}.png")
-            table.add_row(name, _number(result), *_verdict(result))
-        console.print(f"\n{scorer.id} scores ({scores.kind}; lower bits/dim: likelier; pictures in {folder})")
-        console.print(table)
-        for warning in scores.warnings:
-            console.print(f"note: {warning}", markup=False)
+    warnings: dict[str, list[str]] = {}
+    table = Table(Column("model", overflow="fold"), "kind", *CANDIDATES)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=len(scorers))
+        for scorer in scorers:
+            bar.update(task, description=f"{scorer.id} scores {len(CANDIDATES)} pictures")
+            pictures = _candidates(drawn[scorer.id])
+            for name, picture in zip(CANDIDATES, pictures, strict=True):
+                picture.save(folder / f"{scorer.id}-{name.replace(' ', '-')}.png")
+            scores = well.score(scorer.id, pictures)
+            for warning in scores.warnings:
+                same = re.sub(rf"(?<![\w-]){re.escape(scorer.id)}(?![\w-])", "…", warning)
+                warnings.setdefault(same, []).append(scorer.id)
+            table.add_row(scorer.id, scores.kind, *map(_told, scores))
+            bar.advance(task)
+    console.print(f"\nbits/dim (lower: likelier) and the verdict of calibrated models; pictures in {folder}")
+    console.print(table)
+    for warning, of in warnings.items():
+        console.print(f"note, of {', '.join(of)}: {warning}", markup=False)
 
 
-def _candidates(scorer: Model, drawn: dict[str, Images]) -> dict[str, Image.Image]:
-    """Pictures of the scorer's size: one by every model, then one of them upside down, noise, and plain grey."""
-    assert scorer.image is not None
-    size, channels = (scorer.image.width, scorer.image.height), scorer.image.channels
-    fitting = {name: images[0] for name, images in drawn.items() if (images.size, images.channels) == (size, channels)}
-    pictures = {f"by-{name}": picture for name, picture in fitting.items()}
-    mode = "L" if channels == 1 else "RGB"
-    if fitting:
-        pictures["upside-down"] = ImageOps.flip(next(iter(fitting.values())))
-    pictures["noise"] = Image.effect_noise(size, 80).convert(mode)
-    pictures["grey"] = Image.new(mode, size, "grey")
-    return pictures
+def _candidates(own: Images) -> list[Image.Image]:
+    """Pictures of one size, as `CANDIDATES` names them."""
+    mode = "L" if own.channels == 1 else "RGB"
+    first = own[0]
+    noise = Image.effect_noise(own.size, 80).convert(mode)
+    return [first, ImageOps.flip(first), noise, Image.new(mode, own.size, "grey")]
+
+
+def _told(result: Score) -> str:
+    verdict = "" if result.anomaly is None else (", anomaly" if result.anomaly.is_anomaly else ", normal")
+    return _number(result) + verdict
 
 
 def _number(result: Score) -> str:
     if result.bits_per_dim is not None:
         return f"{result.bits_per_dim:.3f}"
     return "–" if result.energy is None else f"energy {result.energy:.1f}"
-
-
-def _verdict(result: Score) -> tuple[str, str]:
-    if result.anomaly is None:
-        return "–", "not calibrated"
-    return f"{result.anomaly.p_value:.4f}", "anomaly" if result.anomaly.is_anomaly else "normal"
 
 
 if __name__ == "__main__":
