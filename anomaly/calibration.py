@@ -139,15 +139,21 @@ def unpack(packed: bytes) -> Calibration:
 
 
 def describe(
-    pixels: NDArray[np.uint8], log_prob: float | None, energy: float | None, statistics: Mapping[str, float]
+    pixels: NDArray[np.uint8],
+    log_prob: float | None,
+    energy: float | None,
+    statistics: Mapping[str, float],
+    complexity: float | None = None,
 ) -> dict[str, float]:
     """Everything known of an image (C, H, W), by name: the model's statistics, and how the image compresses.
 
     nll_bits          −log₂ of its probability, where the model has one    complexity_bits    as `compressed_bits`
     excess_bits       nll_bits − complexity_bits (Serrà's S)                energy             where the model has one
+
+    complexity: the image's `compressed_bits`, where they are known already.
     """
     found = {name: float(value) for name, value in statistics.items()}
-    complexity = compressed_bits(pixels)
+    complexity = compressed_bits(pixels) if complexity is None else complexity
     if log_prob is not None:
         nll_bits = -log_prob / math.log(2)
         found |= {"nll_bits": nll_bits, "excess_bits": nll_bits - complexity}

@@ -102,16 +102,33 @@ def test_the_pixel_at_an_object_has_its_colour(index: int) -> None:
 
 
 @given(INDEX, st.sampled_from(ANOMALIES))
-def test_an_anomaly_changes_its_mask_alone_and_one_object_alone(index: int, anomaly: Any) -> None:
+def test_an_anomaly_changes_its_mask_alone(index: int, anomaly: Any) -> None:
     normal, odd = shapes.draw(index), shapes.draw(index, anomaly)
     assert odd.scene == normal.scene
     assert np.array_equal(odd.mask, (odd.pixels != normal.pixels).any(axis=0))
-    assert odd.mask.any()
+    assert np.array_equal(odd.pixels[:, ~odd.mask], normal.pixels[:, ~odd.mask])
+    assert 4 <= odd.mask.sum() < odd.mask.size / 2
+    assert np.array_equal(shapes.draw(index, anomaly).pixels, odd.pixels), "a function of the index"
+
+
+@given(INDEX, st.sampled_from(("shape", "colour", "texture", "broken")))
+def test_an_anomaly_of_an_object_changes_one_object_alone(index: int, anomaly: Any) -> None:
+    normal, odd = shapes.draw(index), shapes.draw(index, anomaly)
     ys, xs = np.nonzero(odd.mask)
     touched = [
         all(np.hypot(xs + 0.5 - thing.x, ys + 0.5 - thing.y) <= thing.radius * 1.1 + 1.5) for thing in normal.things
     ]
     assert any(touched)
+
+
+@given(INDEX)
+def test_a_blob_is_smaller_than_any_object_and_a_scratch_crosses_half_the_picture(index: int) -> None:
+    spread = {}
+    for anomaly in ("blob", "scratch"):
+        ys, xs = np.nonzero(shapes.draw(index, anomaly).mask)  # type: ignore[arg-type]
+        spread[anomaly] = max(np.ptp(xs), np.ptp(ys)) + 1
+    assert spread["blob"] <= 6
+    assert spread["scratch"] >= shapes.SIDE / 2
 
 
 @given(INDEX)

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="train by a recipe, or take up where it was interrupted")
     run.add_argument("recipe", metavar="RECIPE")
     run.add_argument("--out", type=Path, help="checkpoint folder (default: runs/RECIPE)")
+    run.add_argument("--data", help="another data set than the recipe says, such as fashion-mnist-without:Sandal")
     run.add_argument(
         "--data-dir", type=Path, help="folder with the data set (default: $DRAWWELL_DATA, else downloaded)"
     )
@@ -117,8 +118,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if args.recipe not in known:
         raise RunError(f"recipe: no recipe {args.recipe!r}; there are {', '.join(sorted(known))}")
     run = known[args.recipe]()
-    if args.steps is not None:
-        run = dataclasses.replace(run, steps=args.steps)
+    changes = {name: value for name in ("steps", "data") if (value := getattr(args, name)) is not None}
+    run = dataclasses.replace(run, **changes)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     out: Path = args.out or Path("runs") / args.recipe

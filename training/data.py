@@ -6,6 +6,7 @@
     fashion-mnist     pictures of clothes, 28×28, 60,000 + 10,000
     folder:PATH       image files; sub-folders, where there are any, are the labels
     npz:PATH          a NumPy archive: images, and optionally labels, label_names, captions
+    NAME-without:CLASS  digits, mnist or fashion-mnist without the images of one class, as mnist-without:7
 
 A data set is treated as a *set*: images stand in the order of a hash of their own bytes, and the same hash says which
 split an image is in. So the splits are a property of the images, not of how a file happens to list them: a re-ordered
@@ -14,6 +15,7 @@ copy gives the same splits and the same batches, and two copies of one image nev
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -94,10 +96,39 @@ def load(name: str, folder: Path | None = None) -> Dataset:
     kind, _, path = name.partition(":")
     if kind in _BY_PATH and path:
         return _BY_PATH[kind](name, Path(path).expanduser())
+    base, left_out = without(name)
+    if left_out is not None:
+        return _selected(name, base, left_out, folder, keep=False)
     if name in _BY_NAME:
         return _BY_NAME[name](name, folder)
-    known = ", ".join([*_BY_NAME, *(f"{kind}:PATH" for kind in _BY_PATH)])
+    known = ", ".join([*_BY_NAME, *(f"{kind}:PATH" for kind in _BY_PATH), f"{_CLASSED[-1]}{_WITHOUT}CLASS"])
     raise DataError(f"data set {name!r}: not known; there are {known}")
+
+
+def without(name: str) -> tuple[str, str | None]:
+    """(base, class): "fashion-mnist-without:Sandal" -> ("fashion-mnist", "Sandal"); any other name: (name, None)."""
+    base, mark, label = name.partition(_WITHOUT)
+    return (base, label) if mark and base in _CLASSED else (name, None)
+
+
+def of_class(name: str, label: str, folder: Path | None = None) -> Dataset:
+    """The images of one class alone. Raises as `load` does."""
+    return _selected(f"{name}-only:{label}", name, label, folder, keep=True)
+
+
+def _selected(name: str, base: str, label: str, folder: Path | None, keep: bool) -> Dataset:
+    """A data set of which one class is kept, or left out. Every image stays in its split."""
+    whole = load(base, folder)
+    if label not in whole.space.labels:
+        raise DataError(f"data set {name!r}: {base} has no class {label!r}; it has {', '.join(whole.space.labels)}")
+    k = whole.space.labels.index(label)
+    splits = {}
+    for part, split in whole.splits.items():
+        kept = split.take(np.flatnonzero((split.labels == k) == keep))
+        labels = np.zeros_like(kept.labels) if keep else kept.labels - (kept.labels > k)
+        splits[part] = Split(kept.x, labels, kept.captions)
+    names = (label,) if keep else tuple(other for other in whole.space.labels if other != label)
+    return Dataset(name, dataclasses.replace(whole.space, labels=names), splits, _digest(splits))
 
 
 def _digits(name: str, folder: Path | None) -> Dataset:
@@ -110,7 +141,7 @@ def _digits(name: str, folder: Path | None) -> Dataset:
 
 
 def _shapes(name: str, folder: Path | None) -> Dataset:
-    drawn = shapes.draw_many(range(_SHAPES))
+    drawn = shapes.draw_many(range(SHAPES))
     captions = tuple(picture.scene.caption for picture in drawn)
     x = np.stack([picture.pixels for picture in drawn])
     return _assemble(name, Split(x, np.full(len(drawn), UNLABELLED, dtype=np.int64), captions))
@@ -221,7 +252,9 @@ def _npz(name: str, file: Path) -> Dataset:
 _DIGITS = tuple("0123456789")
 _GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _CLASSES = {"mnist": _DIGITS, "fashion-mnist": _GARMENTS}
-_SHAPES = 30_000
+_CLASSED = ("digits", "mnist", "fashion-mnist")  # where a class can be left out
+_WITHOUT = "-without:"
+SHAPES = 30_000
 _BY_NAME: Mapping[str, Callable[[str, Path | None], Dataset]] = {
     "digits": _digits,
     "shapes": _shapes,

@@ -4,8 +4,8 @@ Every picture is a pure function of its index: a scene, such as "two small red c
 with Pillow at four times the size and averaged down, so that edges are smooth. The scene is a value that a caption
 can be parsed back into: what a captioned model draws can be held against what was asked.
 
-An anomaly is the same picture with one object drawn as no training picture ever draws it. Its mask is exactly the
-pixels that differ from the normal picture.
+An anomaly is the same picture with one object drawn as no training picture ever draws it, or with something drawn over
+it that is no object. Its mask is exactly the pixels that differ from the normal picture.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Size = Literal["small", "medium", "large"]
 Colour = Literal["red", "orange", "yellow", "green", "blue", "purple"]
 Shape = Literal["circle", "square", "triangle", "star", "cross"]
 Relation = Literal["above", "below", "left of", "right of"]
-Anomaly = Literal["shape", "colour", "texture", "broken"]
+Anomaly = Literal["shape", "colour", "texture", "broken", "blob", "scratch"]
 
 SIDE = 32  # pixels
 COUNTS = {1: "a", 2: "two", 3: "three"}
@@ -205,6 +205,11 @@ def draw(index: int, anomaly: Anomaly | None = None) -> Picture:
 
     shape     a heart or a crescent         colour    black, pink, cyan or brown
     texture   striped                       broken    cut through by a gap in the colour of the background
+
+    or the whole is overlaid with
+
+    blob      a spot, smaller than any object, in a colour that objects have
+    scratch   a thin line from one side of the picture towards the other, darker than the background
     """
     chance = _Chance(index)
     scene = _scene(chance)
@@ -213,8 +218,11 @@ def draw(index: int, anomaly: Anomaly | None = None) -> Picture:
     normal = _render(things, paper)
     if anomaly is None:
         return Picture(scene, things, normal, np.zeros((SIDE, SIDE), dtype=np.bool_))
-    odd = chance.pick(range(len(things)))
-    pixels = _render(things, paper, odd, anomaly, chance)
+    if anomaly in ("blob", "scratch"):
+        pixels = _render(things, paper, overlay=anomaly, chance=chance)
+    else:
+        odd = chance.pick(range(len(things)))
+        pixels = _render(things, paper, odd, anomaly, chance)
     return Picture(scene, things, pixels, (pixels != normal).any(axis=0))
 
 
@@ -229,7 +237,12 @@ def _grey(chance: _Chance) -> RGB:
 
 
 def _render(
-    things: Sequence[Thing], paper: RGB, odd: int = -1, anomaly: Anomaly | None = None, chance: _Chance | None = None
+    things: Sequence[Thing],
+    paper: RGB,
+    odd: int = -1,
+    anomaly: Anomaly | None = None,
+    chance: _Chance | None = None,
+    overlay: Anomaly | None = None,
 ) -> NDArray[np.uint8]:
     image = Image.new("RGB", (SIDE * _SCALE, SIDE * _SCALE), paper)
     canvas = ImageDraw.Draw(image)
@@ -244,7 +257,31 @@ def _render(
         else:
             _fill(canvas, thing, _outline(thing.group.shape), ink)
             _cut(image, thing, paper, stripes=3 if anomaly == "texture" else 1)
+    if chance is not None and overlay == "blob":
+        _spot(canvas, things, chance)
+    elif chance is not None and overlay == "scratch":
+        _scratch(canvas, chance)
     return np.asarray(image.reduce(_SCALE)).transpose(2, 0, 1).copy()
+
+
+def _spot(canvas: ImageDraw.ImageDraw, things: Sequence[Thing], chance: _Chance) -> None:
+    """Of a colour that shows wherever it lies: one that no object of the picture has."""
+    there = {thing.group.colour for thing in things}
+    ink = _INK[chance.pick([colour for colour in COLOURS if colour not in there])]
+    radius = chance.uniform(1.2, 2.0)  # pixels; the smallest object's is 3
+    x, y = (chance.uniform(radius, SIDE - radius) for _ in range(2))
+    box = [(x - radius) * _SCALE, (y - radius) * _SCALE, (x + radius) * _SCALE, (y + radius) * _SCALE]
+    canvas.ellipse(box, fill=ink)
+
+
+def _scratch(canvas: ImageDraw.ImageDraw, chance: _Chance) -> None:
+    begin, end = chance.uniform(2, SIDE - 2), chance.uniform(2, SIDE - 2)
+    length = chance.uniform(0.6, 1.0) * SIDE
+    line = [(0.0, begin), (length, begin + (end - begin) * length / SIDE)]
+    if chance.pick((True, False)):
+        line = [(y, x) for x, y in line]
+    level = round(chance.uniform(90, 150))
+    canvas.line([(x * _SCALE, y * _SCALE) for x, y in line], fill=(level, level, level), width=_SCALE)
 
 
 def _fill(canvas: ImageDraw.ImageDraw, thing: Thing, outline: Sequence[Point], ink: RGB) -> None:
