@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from service.scheduler import Load
 
@@ -35,6 +35,8 @@ class Job:
     payload: bytes
     rows: int  # chains (images) that it runs
     units: int  # predicted work: rows × steps × network evaluations a step
+    kind: Literal["draw", "score"] = "draw"  # what is done with the model
+    steps: int = 1  # that a row takes, as a worker's `Load` counts them; about as many of an adaptive solver
     priority: Priority = "interactive"
     timeout: float | None = None  # seconds from submission; after that nobody waits for the answer
     tenant: str = ""  # who asks
@@ -45,6 +47,10 @@ class Job:
     deaths: int = 0  # workers that stopped after they had told something of it
     deaths_alone: int = 0  # and of these, workers that had no other job then
     queued_seconds: float = 0.0  # how long it waited for this worker
+
+    @property
+    def line(self) -> Line:
+        return Line(self.model, self.kind, self.priority, self.tenant)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,23 @@ class Status:
     job: Job
     state: Literal["queued", "running", "ended"]
     lost: str | None = None  # why it ended without an answer
+
+
+class Line(NamedTuple):
+    """Whose jobs wait in the queue for the same, in the same order."""
+
+    model: str
+    kind: str
+    priority: str
+    tenant: str
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What waits in a line: jobs, and the steps that their rows are to take, summed over rows."""
+
+    jobs: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +117,7 @@ def state_in(data: Mapping[str, Any]) -> WorkerState:
 
 
 class QueueFull(Exception):
-    """No room: `retry_after` is in how many seconds there should be, by the work queued and its pace."""
+    """No room: `retry_after` is in how many seconds there should be, by what is predicted of the work queued."""
 
     def __init__(self, retry_after: float, queued: int, limit: int) -> None:
         super().__init__(f"{queued} step-units are queued, of {limit} at most")
@@ -150,6 +173,10 @@ class Broker(abc.ABC):
     @abc.abstractmethod
     async def queued_units(self) -> int:
         """Step-units of the jobs that have not ended."""
+
+    @abc.abstractmethod
+    async def waiting(self) -> Mapping[Line, Waiting]:
+        """What is queued and with no worker yet."""
 
     @abc.abstractmethod
     async def pool(self) -> Sequence[WorkerState]:

@@ -35,12 +35,15 @@ from service.broker import (
     Job,
     JobLost,
     KeyTaken,
+    Line,
     NoWorker,
     QueueFull,
     Status,
+    Waiting,
     WorkerState,
     state_in,
 )
+from service.forecast import retry_after
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +95,7 @@ class LocalBroker(Broker):
         self._keys: dict[str, str] = {}  # idempotency key -> job
         self._units = 0
         self._ready_at: float | None = None  # when a worker was last seen ready
-        self._rate = 0.0  # step-units per second of late, while there was work
-        self._rate_at = clock()
-        self._rate_units = 0
+        self._waiting: dict[Line, Waiting] = {}
 
     # -------------------------------------------------------------------------------------------------------------
     # API side
@@ -107,12 +108,15 @@ class LocalBroker(Broker):
         if not self._anyone():
             raise NoWorker("no worker is ready")
         if self._units and self._units + job.units > self._limit:
-            raise QueueFull(self._retry_after(job.units), self._units, self._limit)
+            over = self._units + job.units - self._limit
+            wait = retry_after(over, self._units, await self.pool(), self._waiting)
+            raise QueueFull(wait, self._units, self._limit)
         self._records[job.id] = _Record(job, self._clock())
         self._units += job.units
         if job.key is not None:
             self._keys[job.key] = job.id
         self._queues[job.priority].append(job.id)
+        self._count(job, 1)
         self._dispatch()
         return job.id
 
@@ -122,6 +126,7 @@ class LocalBroker(Broker):
             return
         if record.worker is None:
             self._queues[record.job.priority].remove(job_id)
+            self._count(record.job, -1)
             self._end(record, lost=CANCELLED)
         else:
             _send(self._links[record.worker].writer, "cancel", job_id)
@@ -157,6 +162,9 @@ class LocalBroker(Broker):
 
     async def queued_units(self) -> int:
         return self._units
+
+    async def waiting(self) -> Mapping[Line, Waiting]:
+        return dict(self._waiting)
 
     async def pool(self) -> Sequence[WorkerState]:
         return [link.state for link in self._links.values() if link.state is not None]
@@ -217,6 +225,7 @@ class LocalBroker(Broker):
                 name = min(takers)[1]
                 link = self._links[name]
                 queue.remove(job_id)
+                self._count(record.job, -1)
                 record.worker, record.began, link.wanted = name, False, ()
                 link.jobs[job_id] = None
                 waited = self._clock() - record.submitted
@@ -244,6 +253,7 @@ class LocalBroker(Broker):
             record = self._records[job_id]
             record.job, record.worker = dataclasses.replace(record.job, attempt=record.job.attempt + attempts), None
             self._queues[record.job.priority].appendleft(job_id)
+            self._count(record.job, 1)
         self._dispatch()
 
     def _fail_unservable(self) -> None:
@@ -255,13 +265,13 @@ class LocalBroker(Broker):
         for queue in self._queues.values():
             for job_id in [j for j in queue if self._records[j].job.model not in served]:
                 queue.remove(job_id)
+                self._count(self._records[job_id].job, -1)
                 self._end(self._records[job_id], lost=f"no worker serves {self._records[job_id].job.model} any longer")
 
     def _end(self, record: _Record, lost: str | None = None) -> None:
         record.ended, record.lost = True, lost
         record.news.set()
         self._units -= record.job.units
-        self._rate_units += record.job.units
         asyncio.get_running_loop().call_later(self._keep, self._forget, record.job)
 
     def _forget(self, job: Job) -> None:
@@ -275,16 +285,11 @@ class LocalBroker(Broker):
             self._ready_at = now
         return self._ready_at is not None and now - self._ready_at <= self._grace
 
-    def _retry_after(self, units: int) -> float:
-        """Seconds until the queue has room for so many units, at the rate of late; a second where none was measured
-        yet.
-        """
-        now = self._clock()
-        if now - self._rate_at > 1 and self._rate_units:
-            self._rate = self._rate_units / (now - self._rate_at)
-            self._rate_at, self._rate_units = now, 0
-        over = self._units + units - self._limit
-        return max(1.0, min(over / self._rate, 3600.0)) if self._rate > 0 else 1.0
+    def _count(self, job: Job, jobs: int) -> None:
+        """Into the books of what waits, or out of them."""
+        there = self._waiting.pop(job.line, Waiting(0, 0))
+        if there.jobs + jobs:
+            self._waiting[job.line] = Waiting(there.jobs + jobs, there.steps + jobs * job.rows * job.steps)
 
 
 class LocalClaims(Claims):

@@ -5,6 +5,7 @@
     {drawwell}:events:<id>            a stream: what was told of it; entry n-0 is event number n
     {drawwell}:blob:<uuid>            a payload too large to stand in the way of others
     {drawwell}:active, units, queued  what has not ended: by its time, its work, and the sum of that
+    {drawwell}:lines, waiting         what no worker has yet: where each job stands; of each line its jobs and steps
     {drawwell}:key:<key>              idempotency: which job stands for it
     {drawwell}:worker:<name>          what a worker announced; it expires. Also the channel of its cancellations
     {drawwell}:dead                   a stream: jobs that took too many workers down, with their history
@@ -22,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import logging
 import random
 import time
@@ -53,12 +55,15 @@ from service.broker import (
     Job,
     JobLost,
     KeyTaken,
+    Line,
     NoWorker,
     QueueFull,
     Status,
+    Waiting,
     WorkerState,
     state_in,
 )
+from service.forecast import retry_after
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +88,7 @@ class RedisBroker(Broker):
         self._foreign: dict[str, int] = {}  # job that came by another replica -> how many follow it here
         self._channels: Any = None  # redis-py's PubSub, while connected
         self._pool: list[WorkerState] = []
+        self._waiting: dict[Line, Waiting] = {}  # as of the last look, like the pool
         self._ready_at: float | None = None  # when a worker was last seen ready, on this process's clock
         self._looked = asyncio.Event()  # at the pool, once
 
@@ -109,7 +115,7 @@ class RedisBroker(Broker):
                 *(job.id, _queue(job.priority, job.model), job.model, job.priority),
                 *(_job_out(described), job.units, self._limit),
                 *(int(1000 * (job.timeout or LONGEST)), int(1000 * self._keep), self._home),
-                *(job.key or "", job.digest),
+                *(job.key or "", job.digest, json.dumps(job.line), job.rows * job.steps),
             )
         )
         kind = answer[0]
@@ -118,9 +124,9 @@ class RedisBroker(Broker):
         if kind == b"taken":
             raise KeyTaken(f"{job.key!r} was used for another request")
         if kind == b"full":
-            _, queued, pace = answer
-            over = queued + job.units - self._limit
-            raise QueueFull(max(1.0, min(over / (pace / 10), 3600.0)) if pace else 1.0, queued, self._limit)
+            queued = answer[1]
+            wait = retry_after(queued + job.units - self._limit, queued, self._pool, self._waiting)
+            raise QueueFull(wait, queued, self._limit)
         return job.id
 
     async def cancel(self, job_id: str) -> None:
@@ -203,6 +209,10 @@ class RedisBroker(Broker):
     async def queued_units(self) -> int:
         return int(await reached(self._store.commands.get(f"{PREFIX}queued")) or 0)
 
+    async def waiting(self) -> Mapping[Line, Waiting]:
+        """As it was half a second ago at most: asking costs no way to Redis."""
+        return self._waiting
+
     async def pool(self) -> Sequence[WorkerState]:
         if not self._looked.is_set():
             with contextlib.suppress(TimeoutError):
@@ -227,7 +237,7 @@ class RedisBroker(Broker):
         except AWAY:
             self._pool = []
             raise
-        self._pool = states
+        self._pool, self._waiting = states, _lines_in(await self._store.commands.hgetall(f"{PREFIX}waiting"))
         self._looked.set()
         ready = [state for state in states if state.ready]
         if ready:
@@ -514,6 +524,16 @@ def _key(job_id: str) -> str:
 
 def _queue(priority: str, model: str) -> str:
     return f"{PREFIX}q:{priority}:{model}"
+
+
+def _lines_in(told: Mapping[bytes, bytes]) -> dict[Line, Waiting]:
+    """The books of what waits: "<line> jobs" and "<line> steps", each line as JSON."""
+    found: dict[Line, Waiting] = {}
+    for name, count in told.items():
+        if name.endswith(b" jobs"):
+            line = name.removesuffix(b" jobs")
+            found[Line(*json.loads(line))] = Waiting(int(count), int(told.get(line + b" steps", 0)))
+    return found
 
 
 def _job_out(job: Job) -> bytes:

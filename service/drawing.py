@@ -87,8 +87,8 @@ class Drawing:
 
     async def _event(self, message: Told, number: int) -> bytes | None:
         match message:
-            case Queued(position=position):
-                return sse.event("queued", {"position": position})
+            case Queued(position=position, eta_seconds=eta):
+                return sse.event("queued", {"position": position, "eta_seconds": eta})
             case Progress(step=step, steps=steps, eta_seconds=eta, previews=previews):
                 data: dict[str, Any] = {"step": step, "steps": steps, "eta_seconds": eta}
                 if previews:

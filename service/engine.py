@@ -151,8 +151,13 @@ class Engine:
         rows = task.n if isinstance(task, Generate) else len(task.images)
         expires = None if timeout is None else submitted + timeout
         job = _Job(lane, rows, submitted, self._lanes[lane].program.rows_of(task))
-        work = job.network_evaluations // rows
-        ticket = Ticket(job_id, lane, rows, "batch" if priority == "batch" else "interactive", expires, tenant, work)
+        first = job.rows[0]
+        ticks = first.predicted_ticks
+        ticket = Ticket(
+            *(job_id, lane, rows, "batch" if priority == "batch" else "interactive", expires, tenant),
+            work=ticks * first.evaluations_per_tick,
+            ticks=ticks,
+        )
         self._scheduler.submit(ticket, submitted)
         self._jobs[job_id] = job
 

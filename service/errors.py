@@ -13,7 +13,8 @@
     │   ├── RowFailed           the model raised or turned NaN on this request
     │   └── Lost                the job ended without an answer
     ├── Unavailable       503   no worker, or the model cannot be loaded
-    │   └── Interrupted         the server ended the job before it was done
+    │   ├── Interrupted         the server ended the job before it was done
+    │   └── TooLate             it would not be done within the request's timeout
     └── TimedOut          504   the answer did not come within the request's timeout
 
 Routes raise problems; `install` makes responses of them, and of what the framework raises. `type` is stable and made
@@ -36,6 +37,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from service.broker import BrokerAway, JobLost, KeyTaken, NoWorker, QueueFull
+from service.forecast import Forecast
 from service.messages import Failed
 
 MEDIA_TYPE = "application/problem+json"
@@ -172,6 +174,23 @@ class Unavailable(Problem):
 
 class Interrupted(Unavailable):
     kind, title = "interrupted", "The job was ended"
+
+
+class TooLate(Unavailable):
+    kind, title = "too-late", "It would not be done in time"
+
+    def __init__(self, timeout: float, predicted: Forecast) -> None:
+        seconds = max(1, math.ceil(predicted.least - timeout))
+        super().__init__(
+            f"timeout: {timeout:g} s; with what is queued it would be done in about {predicted.seconds:.1f} s, and not "
+            f"before {predicted.least:.1f} s; try again in {seconds} s, or allow more time",
+            headers={"Retry-After": str(seconds)},
+        )
+        self._predicted = predicted
+
+    def to_json(self) -> dict[str, Any]:
+        predicted = {"seconds": round(self._predicted.seconds, 3), "least_seconds": round(self._predicted.least, 3)}
+        return {**super().to_json(), "predicted": predicted}
 
 
 class TimedOut(Problem):

@@ -13,6 +13,7 @@ from starlette.types import Receive
 
 from service import errors
 from service.broker import CANCELLED, Broker, Job, JobLost
+from service.forecast import forecast
 from service.messages import Completed, Failed, ImageDone, Message, Progress, Scored, Started, unpack
 from service.metrics import JobWatch
 
@@ -23,9 +24,10 @@ _POSITION_SECONDS = 1.0  # how often a queued job's place is looked up
 
 @dataclass(frozen=True)
 class Queued:
-    """So many jobs come before this one."""
+    """So many jobs come before this one; when it is predicted to be done."""
 
     position: int
+    eta_seconds: float | None = None  # from now; None where no worker has told how long its steps take
 
 
 Told: TypeAlias = Queued | Message
@@ -65,8 +67,8 @@ async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tu
     """
     ended = False
     try:
-        job_id = await broker.submit(job)
-        async with aclosing(attend(broker, job_id, watch=watch)) as told:
+        await broker.submit(job)
+        async with aclosing(attend(broker, job, watch=watch)) as told:
             async for message, number in told:
                 ended = isinstance(message, Completed)
                 yield message, number
@@ -80,19 +82,19 @@ async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tu
 
 
 async def attend(
-    broker: Broker, job_id: str, after: int = 0, watch: JobWatch | None = None
+    broker: Broker, job: Job, after: int = 0, watch: JobWatch | None = None
 ) -> AsyncGenerator[tuple[Told, int]]:
     """What a job tells, from event number after + 1 on, to its end. Raises a `Problem` for a job that failed."""
     once, waiting = Once(), True
     try:
-        position = await broker.position(job_id)
-        yield Queued(position), 0
-        async with aclosing(pausing(broker.events(job_id), _POSITION_SECONDS)) as events:
+        place = await queued(broker, job)
+        yield place, 0
+        async with aclosing(pausing(broker.events(job.id), _POSITION_SECONDS)) as events:
             async for event in events:
                 if event is None:
-                    if waiting and (now := await broker.position(job_id)) != position:
-                        position = now
-                        yield Queued(position), 0
+                    if waiting and (now := await queued(broker, job)).position != place.position:
+                        place = now
+                        yield place, 0
                     continue
                 waiting = False
                 message = unpack(event.payload)
@@ -112,6 +114,13 @@ async def attend(
             raise errors.Interrupted("the job was cancelled before it was done") from e
         raise
     raise errors.Interrupted("the job was ended before it was done")
+
+
+async def queued(broker: Broker, job: Job) -> Queued:
+    """Where it stands. Raises `KeyError` for a job that is not known."""
+    position = await broker.position(job.id)
+    predicted = forecast(job, await broker.pool(), await broker.waiting(), position)
+    return Queued(position, None if predicted is None else round(predicted.seconds, 3))
 
 
 async def so_far(broker: Broker, job_id: str) -> list[Message]:

@@ -24,12 +24,18 @@ class DrawRow:
     evaluations_per_tick: int  # of the network
     ticks: int | None  # that it takes; None: its solver is adaptive
 
+    @property
+    def predicted_ticks(self) -> int:
+        """Ticks that it takes, with an adaptive solver about."""
+        return self.draw.steps if self.ticks is None else self.ticks
+
 
 @dataclass(frozen=True)
 class ScoreRow:
     image: Pixels
     label: int
     evaluations_per_tick: int
+    predicted_ticks: int = 1
 
 
 class Program(abc.ABC):
@@ -129,7 +135,10 @@ class Scoring(Program):
             raise ValueError(f"images: {task.images.shape[1:]} where the model takes {self._model.spec.image.shape}")
         likelihood = self._model.spec.likelihood
         evaluations = 1 if likelihood is None else likelihood.network_evaluations_per_step
-        return [ScoreRow(image, label, evaluations) for image, label in zip(task.images, task.labels, strict=True)]
+        ticks = 1 if likelihood is None else likelihood.steps
+        return [
+            ScoreRow(image, label, evaluations, ticks) for image, label in zip(task.images, task.labels, strict=True)
+        ]
 
     def warm(self, rows: int) -> Rows:
         x = torch.zeros(rows, *self._model.spec.image.shape, device=self._model.device)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from typing import Literal, NamedTuple, TypeAlias
 
 AGEING = 10.0  # seconds after which a batch job is let in as if it were an interactive one that has just come
@@ -47,6 +47,7 @@ class Ticket:
     expires: float | None = None  # the clock's time after which nobody waits for the answer
     tenant: str = ""  # who asks
     work: int = 1  # of a row, in step-units: what the tenant is charged for it
+    ticks: int = 1  # steps that a row takes; about as many where its solver chooses them
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class Load:
     max_rows: int = 1  # that may step together
     row_seconds: float = 0.0  # a step over n rows takes row_seconds · n + step_seconds
     step_seconds: float = 0.0
+    fastest: float = 0.0  # seconds of the fastest step so far
+    left: int = 0  # steps still to take, summed over the rows that run and wait
+    first_in: int = 0  # steps until there is room for a row: if nobody waited,
+    urgent_in: int = 0  # behind the interactive ones that wait,
+    patient_in: int = 0  # and behind all that wait
+    tenants: tuple[str, ...] = ()  # whose rows wait
 
 
 @dataclass(eq=False)
@@ -195,12 +202,13 @@ class _Lane:
     cost: Cost = field(default_factory=Cost)
     line: _Line = field(default_factory=_Line)
     pending: int = 0  # rows in the line
-    running: dict[Row, None] = field(default_factory=dict)  # ordered
+    running: dict[Row, int] = field(default_factory=dict)  # ordered; after which step of the lane each is done
     deficit: float = 0.0  # seconds that the lane may still use in this round
     predicted: float = 0.0  # seconds of its next step
     steps: int = 0  # so far
     rows: int = 0
     seconds: float = 0.0
+    fastest: float = 0.0
 
     @property
     def busy(self) -> bool:
@@ -277,6 +285,7 @@ class Scheduler:
         lane = self._lanes[lane_name]
         lane.cost.observe(rows, seconds)
         lane.deficit -= seconds
+        lane.fastest = min(lane.fastest, seconds) if lane.steps else seconds
         lane.steps, lane.rows, lane.seconds = lane.steps + 1, lane.rows + rows, lane.seconds + seconds
         for row in finished:
             del lane.running[row]
@@ -312,8 +321,20 @@ class Scheduler:
 
     def load(self, name: str) -> Load:
         lane = self._lane(name)
+        ends = [max(1, end - lane.steps) for end in lane.running.values()]
+        waiting = [w for w in (self._waiting.values() if lane.pending else ()) if w.ticket.lane == name]
+        urgent = [_steps(w) for w in waiting if w.ticket.priority == "interactive"]
+        patient = [_steps(w) for w in waiting if w.ticket.priority == "batch"]
+        first_in, urgent_in, patient_in = _rooms(ends, urgent, patient, lane.max_rows)
         return Load(
-            lane.steps, lane.rows, lane.seconds, len(lane.running), lane.pending, lane.max_rows, *lane.cost.coefficients
+            *(lane.steps, lane.rows, lane.seconds, len(lane.running), lane.pending, lane.max_rows),
+            *lane.cost.coefficients,
+            fastest=lane.fastest,
+            left=sum(ends) + sum(rows * ticks for rows, ticks in urgent + patient),
+            first_in=first_in,
+            urgent_in=urgent_in,
+            patient_in=patient_in,
+            tenants=tuple(sorted({w.ticket.tenant for w in waiting})),
         )
 
     def running(self, lane: str) -> tuple[Row, ...]:
@@ -363,9 +384,30 @@ class Scheduler:
             return
         for row in lane.line.rows(now):
             lane.pending -= 1
-            lane.running[row] = None
+            lane.running[row] = lane.steps + self._tickets[row.job].ticks
             if row.item + 1 == self._tickets[row.job].rows:
                 del self._waiting[row.job]
             yield row
             if len(lane.running) >= lane.max_rows:
                 return
+
+
+def _steps(waiting: _Waiting) -> tuple[int, int]:
+    """How many of its rows wait, and the steps that each will take."""
+    return waiting.ticket.rows - waiting.begun, max(1, waiting.ticket.ticks)
+
+
+def _rooms(
+    ends: list[int], urgent: Iterable[tuple[int, int]], patient: Iterable[tuple[int, int]], places: int
+) -> tuple[int, int, int]:
+    """Steps until there is room for another row, behind the rows that run (and end after `ends` steps), behind
+    those and the urgent ones, and behind all: each takes the first place that is free."""
+    free = ends + [0] * (places - len(ends))
+    heapify(free)
+    found = [free[0]]
+    for line in (urgent, patient):
+        for rows, ticks in line:
+            for _ in range(rows):
+                heapreplace(free, free[0] + ticks)
+        found.append(free[0])
+    return found[0], found[1], found[2]

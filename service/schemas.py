@@ -172,6 +172,7 @@ class JobResponse(Answer):
     model: str
     status: Literal["queued", "running", "done", "failed", "cancelled"]
     position: int | None = Field(default=None, description="jobs that come before this one, while it is queued")
+    eta_seconds: float | None = Field(default=None, description="predicted, from now to its end, while it is queued")
     progress: JobProgress | None = None
     answer: GenerateResponse | None = Field(default=None, description="once it is done")
     problem: ProblemDetails | None = Field(default=None, description="why there is no answer")
@@ -275,6 +276,10 @@ class Spec(Answer):
     accepts: dict[str, dict[str, Any]] = Field(
         description="field of a generate request -> JSON schema of what is taken there"
     )
+
+    def ticks(self, steps: int, solver: str | None) -> int:
+        """Steps that a worker takes for a sample of so many `steps`; an adaptive solver takes about as many."""
+        return (steps - 1) * self.evaluations.get(solver or next(iter(self.solvers), ""), 1) + 1
 
     @property
     def labels(self) -> list[str]:

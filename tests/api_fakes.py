@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from models._protocol import ImageSpace, Likelihood, Range, Spec, Steps
 from service.app import create_app
-from service.broker import Broker, Event, Job, ModelState, Status, WorkerState
+from service.broker import Broker, Event, Job, Line, ModelState, Status, Waiting, WorkerState
 from service.catalog import Catalog
 from service.messages import (
     Completed,
@@ -108,6 +108,7 @@ class FakeBroker(Broker):
         self.refusal: Exception | None = None
         self.places: list[int] = [0]  # positions told one after another; the last one stays
         self.states: Sequence[WorkerState] = [ready_worker()]
+        self.lines: dict[Line, Waiting] = {}  # what waits
         self.answer: Answer = self._at_once
         self.changed = asyncio.Event()
 
@@ -139,6 +140,9 @@ class FakeBroker(Broker):
 
     async def queued_units(self) -> int:
         return sum(job.units for job in self.jobs.values())
+
+    async def waiting(self) -> Mapping[Line, Waiting]:
+        return self.lines
 
     async def pool(self) -> Sequence[WorkerState]:
         return self.states

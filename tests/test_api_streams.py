@@ -49,7 +49,7 @@ async def test_the_events_are_exactly_those_of_the_contract(api: Api, more: Any,
     assert response.headers["cache-control"] == "no-store"
     assert "content-length" not in response.headers
     (queued, progress, first, second, completed) = events_of(response.text)
-    assert queued == ("queued", {"position": 3})
+    assert queued == ("queued", {"position": 3, "eta_seconds": None})
     assert progress == ("progress", {"step": 1, "steps": 20, "eta_seconds": 0.5})
     for k, (name, image) in enumerate((first, second)):
         assert name == "image"
@@ -122,7 +122,7 @@ async def test_comments_keep_a_silent_stream_open(tmp_path: Path) -> None:
     api.broker.answer = silence
     call = Call(api.app, "/generate", {"model": "gan"}, STREAM)
     await call.until(": keep-alive\n\n" * 3)
-    assert events_of(call.text)[:4] == [("queued", {"position": 0}), *[("", "keep-alive")] * 3]
+    assert events_of(call.text)[:4] == [("queued", {"position": 0, "eta_seconds": None}), *[("", "keep-alive")] * 3]
     call.hang_up()
     await call.task
 

@@ -8,10 +8,22 @@ import asyncio
 import dataclasses
 
 import pytest
-from brokers import Kind, Link, Local, workers
+from brokers import Kind, Link, workers
 
-from service.broker import Broker, Event, Job, JobLost, KeyTaken, ModelState, NoWorker, QueueFull, WorkerState
-from service.broker_local import LocalBroker
+from service.broker import (
+    Broker,
+    Event,
+    Job,
+    JobLost,
+    KeyTaken,
+    Line,
+    ModelState,
+    NoWorker,
+    QueueFull,
+    Waiting,
+    WorkerState,
+)
+from service.scheduler import Load
 
 pytestmark = pytest.mark.anyio
 
@@ -256,19 +268,43 @@ async def test_the_queue_is_bounded_in_units(kind: Kind) -> None:
         await broker.submit(job("c"))
 
 
-async def test_a_full_queue_says_when_to_come_back() -> None:
-    now = [0.0]
-    broker = LocalBroker(25, clock=lambda: now[0])
-    async with workers(Local(), broker, "w") as [w]:
-        await broker.submit(job("a"))
-        await broker.submit(job("b"))
-        await claim(w)
-        now[0] = 20.0
-        await w.claims.publish("a", [Event(b"", final=True)])
-        assert await told(broker, "a") == [b""]
+async def test_a_full_queue_says_when_to_come_back(kind: Kind) -> None:
+    """By the pace that its workers told, and the work that they hold and that waits."""
+    async with kind.broker(25) as broker, workers(kind, broker, "w") as [w]:
+        load = {"m/draw": Load(max_rows=4, row_seconds=0.1, step_seconds=0.4, left=100)}
+        await w.claims.announce(WorkerState("w", "cpu", True, {"m": ModelState("ready")}, load))
+        for name in ("a", "b"):
+            await broker.submit(job(name, rows=2, steps=25))
+        async with asyncio.timeout(5):
+            while not (await broker.waiting() and (await broker.pool())[0].load):
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.7)  # until the books were looked at again, where they are elsewhere
         with pytest.raises(QueueFull) as full:
-            await broker.submit(job("d", units=20))
-        assert full.value.retry_after == pytest.approx(5 / 0.5), "5 units too many, at 10 units in 20 seconds"
+            await broker.submit(job("d", units=15))
+        seconds = (100 + 2 * 2 * 25) * (4 * 0.1 + 0.4) / 4
+        assert full.value.retry_after == pytest.approx(seconds * 10 / 20), "half of the work is too much"
+
+
+async def test_the_books_of_what_waits_follow_every_way_of_a_job(kind: Kind) -> None:
+    async with kind.broker(1000) as broker, workers(kind, broker, "w") as [w]:
+
+        async def waiting() -> dict[Line, Waiting]:
+            await asyncio.sleep(0.8)
+            return dict(await broker.waiting())
+
+        flood, urgent = Line("m", "draw", "batch", "flood"), Line("m", "draw", "interactive", "")
+        for name in ("a", "b"):
+            await broker.submit(job(name, rows=3, steps=50, priority="batch", tenant="flood"))
+        await broker.submit(job("c", rows=1, steps=7))
+        await broker.submit(job("d", rows=2, steps=7))
+        assert await waiting() == {flood: Waiting(2, 300), urgent: Waiting(2, 21)}
+        assert [(await claim(w)).id for _ in range(3)] == ["c", "d", "a"]
+        assert await waiting() == {flood: Waiting(1, 150)}
+        await w.claims.hand_back(["d"])
+        await broker.cancel("b")
+        assert await waiting() == {urgent: Waiting(1, 14)}
+        await broker.cancel("d")
+        assert await waiting() == {}
 
 
 async def test_an_empty_queue_takes_a_job_of_any_size(kind: Kind) -> None:

@@ -16,6 +16,26 @@ local function tell(id, home)
   redis.call('PUBLISH', P .. 'news:' .. id, id)
 end
 
+-- A job begins to wait for a worker: into the books of its line.
+local function wait_for_worker(id, line, steps)
+  redis.call('HSET', P .. 'lines', id, steps .. ' ' .. line)
+  redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', 1)
+  redis.call('HINCRBY', P .. 'waiting', line .. ' steps', steps)
+end
+
+-- A job waits no longer. One that did not wait is no error.
+local function wait_no_longer(id)
+  local stood = redis.call('HGET', P .. 'lines', id)
+  if not stood then return end
+  redis.call('HDEL', P .. 'lines', id)
+  local steps, line = string.match(stood, '^(%d+) (.*)$')
+  if redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', -1) > 0 then
+    redis.call('HINCRBY', P .. 'waiting', line .. ' steps', -steps)
+  else
+    redis.call('HDEL', P .. 'waiting', line .. ' jobs', line .. ' steps')
+  end
+end
+
 -- The job is over: off its queue and out of the bound; what was told of it stays for a while.
 local function finish(id, lost)
   local key = job_key(id)
@@ -26,13 +46,9 @@ local function finish(id, lost)
     redis.call('XACK', job[1], 'workers', job[2])
     redis.call('XDEL', job[1], job[2])
   end
+  wait_no_longer(id)
   redis.call('ZREM', P .. 'active', id)
-  if redis.call('HDEL', P .. 'units', id) == 1 then
-    redis.call('DECRBY', P .. 'queued', job[3])
-    local pace = P .. 'pace:' .. math.floor(now() / 10000)
-    redis.call('INCRBY', pace, job[3])
-    redis.call('PEXPIRE', pace, 30000)
-  end
+  if redis.call('HDEL', P .. 'units', id) == 1 then redis.call('DECRBY', P .. 'queued', job[3]) end
   redis.call('PEXPIRE', key, job[5])
   redis.call('PEXPIRE', events_key(id), job[5])
   tell(id, job[4])

@@ -3,7 +3,7 @@ local worker, count = ARGV[2], 0
 for k = 3, #ARGV, 2 do
   local id = ARGV[k]
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'queue', 'entry', 'cancelled')
+  local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'queue', 'entry', 'cancelled', 'line', 'steps')
   if job[1] == 'running' and job[2] == worker and job[3] == ARGV[k + 1] then
     redis.call('XACK', job[4], 'workers', job[5])
     redis.call('XDEL', job[4], job[5])
@@ -11,6 +11,7 @@ for k = 3, #ARGV, 2 do
     if job[6] then
       finish(id, 'cancelled')
     else
+      wait_for_worker(id, job[7], job[8])
       redis.call('HSET', key, 'entry', redis.call('XADD', job[4], '*', 'job', id))
       count = count + 1
     end

@@ -4,6 +4,7 @@ for _, id in ipairs(late) do
   if redis.call('EXISTS', job_key(id)) == 1 then
     finish(id, 'its time was over before anybody had done it')
   else -- its record is gone: only the books are left to be put right
+    wait_no_longer(id)
     local units = redis.call('HGET', P .. 'units', id)
     if units then
       redis.call('HDEL', P .. 'units', id)

@@ -1,6 +1,7 @@
--- prefix, id, queue, model, priority, job, units, limit, timeout ms, keep ms, home, idempotency key or '', digest
--- -> {'queued'} | {'known', id} | {'taken'} | {'full', units queued, units ended per 10 s of late}
-local _, id, queue, model, priority, job, units, limit, timeout, keep, home, same, digest = unpack(ARGV)
+-- prefix, id, queue, model, priority, job, units, limit, timeout ms, keep ms, home, idempotency key or '', digest, line, steps
+-- -> {'queued'} | {'known', id} | {'taken'} | {'full', units queued}
+local _, id, queue, model, priority, job, units, limit, timeout, keep, home, same, digest, line,
+  steps = unpack(ARGV)
 if same ~= '' then
   local known = redis.call('HMGET', P .. 'key:' .. same, 'digest', 'job')
   if known[1] == digest then return {'known', known[2]} end
@@ -9,13 +10,12 @@ end
 local time = now()
 local queued = tonumber(redis.call('GET', P .. 'queued') or '0')
 if queued > 0 and queued + tonumber(units) > tonumber(limit) then
-  local pace = redis.call('GET', P .. 'pace:' .. (math.floor(time / 10000) - 1))
-    or redis.call('GET', P .. 'pace:' .. math.floor(time / 10000)) or '0'
-  return {'full', queued, tonumber(pace)}
+  return {'full', queued}
 end
 local lifetime = timeout + keep
 redis.call('HSET', job_key(id), 'job', job, 'queue', queue, 'model', model, 'priority', priority, 'units', units,
-  'home', home, 'keep', keep, 'state', 'queued', 'attempt', 0, 'told', 0, 'submitted', time)
+  'home', home, 'keep', keep, 'state', 'queued', 'attempt', 0, 'told', 0, 'submitted', time, 'line', line, 'steps', steps)
+wait_for_worker(id, line, steps)
 redis.call('PEXPIRE', job_key(id), lifetime)
 redis.call('HSET', job_key(id), 'entry', redis.call('XADD', queue, '*', 'job', id))
 redis.call('SADD', P .. 'queues', queue)

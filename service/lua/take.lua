@@ -13,6 +13,7 @@ if job[6] then -- while it was running, and its worker died before it heard
   finish(id, 'cancelled')
   return false
 end
+wait_no_longer(id)
 local time = now()
 local attempt = tonumber(job[3]) + 1
 local deaths, alone = tonumber(job[8] or '0'), tonumber(job[9] or '0')

@@ -11,10 +11,11 @@ from fastapi import Depends, Request
 
 from service import errors
 from service.accepts import Accepts
-from service.broker import Broker, WorkerState
+from service.broker import Broker, Job, WorkerState
 from service.calibrations import Calibrations
 from service.catalog import Catalog, Entry, Version
 from service.errors import Fault
+from service.forecast import forecast
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -45,6 +46,12 @@ class Services:
             return self.catalog.entry(model, pool)
         except KeyError:
             raise errors.UnknownModel(model, self.catalog.ids, loc) from None
+
+    async def admit(self, job: Job) -> None:
+        """Raises `TooLate` for a job that surely would not be done within its timeout (`service.forecast`)."""
+        predicted = forecast(job, await self.broker.pool(), await self.broker.waiting())
+        if predicted is not None and job.timeout is not None and predicted.least > job.timeout:
+            raise errors.TooLate(job.timeout, predicted)
 
 
 def limits(settings: Settings) -> Accepts:
@@ -97,7 +104,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         422: "The request is not valid: `errors` names each field and its value",
         429: "The queue is full: Retry-After says when to come back, in seconds",
         500: "The server failed",
-        503: "No worker is ready, or the model cannot be used",
+        503: "No worker is ready, the model cannot be used, or it would not be done in time",
         504: "The answer did not come in time",
     }
     return {status: {"description": meanings[status], "content": content} for status in statuses}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import secrets
 import uuid
@@ -57,10 +58,10 @@ async def generate(request: Request, services: Served) -> Response:
     """Draw images.
 
     The answer is JSON; with `Accept: image/png` one PNG (more than one image: a grid; the seed is in the header
-    `Drawwell-Seed`); with `Accept: text/event-stream` or `"stream": true` a stream of the events `queued {position}`,
-    `progress {step, steps, eta_seconds, preview?}`, `image {sample, b64_json}`, `completed {the answer without images}`
-    and `error {problem}`. Hanging up cancels. With `Prefer: respond-async` the answer is 202 at once, and the job at
-    `Location` goes on by itself.
+    `Drawwell-Seed`); with `Accept: text/event-stream` or `"stream": true` a stream of the events `queued {position,
+    eta_seconds}`, `progress {step, steps, eta_seconds, preview?}`, `image {sample, b64_json}`, `completed {the answer
+    without images}` and `error {problem}`. Hanging up cancels. With `Prefer: respond-async` the answer is 202 at once,
+    and the job at `Location` goes on by itself.
 
     With an `Idempotency-Key` the same request again is answered by the same job, attached to while it runs and replayed
     when it is done; hanging up does not cancel it.
@@ -75,8 +76,9 @@ async def generate(request: Request, services: Served) -> Response:
     watch = services.metrics.job(job.model, "draw")
     if later or job.key is not None:  # it may be that an earlier request's job stands for this one
         job_id = await services.broker.submit(job)
-        drawing = Drawing.unpack((await services.broker.status(job_id)).job.about)
-        told_of = attend(services.broker, job_id, watch=watch)
+        job = (await services.broker.status(job_id)).job
+        drawing = Drawing.unpack(job.about)
+        told_of = attend(services.broker, job, watch=watch)
     else:
         told_of = follow(services.broker, job, watch)
     if later:
@@ -147,6 +149,7 @@ async def _resolve(
         payload=pack(asked),
         rows=body.n,
         units=body.n * asked.steps * evaluations,
+        steps=version.spec.ticks(asked.steps, asked.solver),
         priority=body.priority,
         timeout=body.timeout or services.settings.request_timeout,
         tenant=tenant(request),
@@ -154,6 +157,9 @@ async def _resolve(
         digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
         about=drawing.pack(),
     )
+    if job.key is None:  # else it may be a job that is done already
+        surely = 1 if asked.solver in version.spec.adaptive else job.steps
+        await services.admit(dataclasses.replace(job, steps=surely))
     return drawing, job
 
 

@@ -12,7 +12,7 @@ from service.bodies import JSON
 from service.broker import JobLost, Status
 from service.drawing import Drawing
 from service.errors import Fault
-from service.jobs import attend, so_far
+from service.jobs import attend, queued, so_far
 from service.messages import Completed, Failed, Progress
 from service.routes._services import Served, Services, problems
 from service.schemas import JobProgress, JobResponse, ProblemDetails
@@ -39,13 +39,13 @@ async def get_events(
     job_id: str, services: Served, last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None
 ) -> Response:
     """The job's events from its first on, or from the one after `Last-Event-ID`. Hanging up does not cancel."""
-    _, drawing = await _known(job_id, services)
+    status, drawing = await _known(job_id, services)
     after = 0
     if last_event_id:
         if not last_event_id.isdecimal() or len(last_event_id) > 9:
             raise errors.Invalid(Fault(("header", "Last-Event-ID"), "no event has this id", last_event_id))
         after = int(last_event_id)
-    events = drawing.events(attend(services.broker, job_id, after))
+    events = drawing.events(attend(services.broker, status.job, after))
     deadline = asyncio.get_running_loop().time() + services.settings.request_timeout
     return sse.EventStream(b"", events, deadline, services.settings.keep_alive_seconds)
 
@@ -72,7 +72,8 @@ async def _describe(status: Status, drawing: Drawing, services: Services) -> Job
     job_id = status.job.id
     found = JobResponse(id=job_id, model=status.job.model, status=status.state if status.state != "ended" else "done")
     if status.state == "queued":
-        return found.model_copy(update={"position": await services.broker.position(job_id)})
+        place = await queued(services.broker, status.job)
+        return found.model_copy(update={"position": place.position, "eta_seconds": place.eta_seconds})
     try:
         told = await so_far(services.broker, job_id)
     except JobLost as e:

@@ -73,10 +73,13 @@ async def score(request: Request, services: Served) -> Response:
         payload=pack(ScoreImages(pixels, (label,) * len(pixels))),
         rows=len(pixels),
         units=len(pixels) * likelihood.steps * likelihood.network_evaluations_per_step,
+        kind="score",
+        steps=likelihood.steps,
         priority=options.priority,
         timeout=timeout,
         tenant=tenant(request),
     )
+    await services.admit(job)
     watched = follow(services.broker, job, services.metrics.job(job.model, "score"))
     told = await unless_hung_up(request.receive, outcome(watched, deadline))
     scored = _complete(told, len(pixels))

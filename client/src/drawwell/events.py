@@ -19,9 +19,10 @@ from drawwell.transport import ServerSentEvent, error_of
 
 @dataclass(frozen=True)
 class Queued:
-    """The request waits; `position` requests are before it."""
+    """The request waits; `position` requests are before it. It should be done in `eta_seconds`, where that is known."""
 
     position: int
+    eta_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ Event: TypeAlias = Queued | Progress | Drawn | Completed
 
 class _Queued(Schema):
     position: int
+    eta_seconds: float | None = None
 
 
 class _Progress(Schema):
@@ -79,7 +81,8 @@ def read(events: Iterable[ServerSentEvent]) -> Iterator[Event]:
         data = _json(event)
         match event.name:
             case "queued":
-                yield Queued(parse(_Queued, data).position)
+                queued = parse(_Queued, data)
+                yield Queued(queued.position, queued.eta_seconds)
             case "progress":
                 progress = parse(_Progress, data)
                 yield Progress(progress.step, progress.steps, progress.eta_seconds, progress.preview)
