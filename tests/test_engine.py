@@ -195,3 +195,16 @@ def test_the_same_job_twice_is_refused_without_harm_to_the_first() -> None:
         desk.engine.submit("a", "walk", Generate(1, seed=1, steps=3))
     desk.run()
     assert isinstance(desk.last("a"), Completed)
+
+
+def test_tenants_are_charged_what_their_rows_take() -> None:
+    desk = Desk(max_rows=1)
+    for k in range(60):
+        desk.engine.submit(f"short{k}", "walk", Generate(1, seed=k, steps=2), tenant="short")
+    for k in range(20):
+        desk.engine.submit(f"long{k}", "walk", Generate(1, seed=k, steps=20), tenant="long")
+    for _ in range(80):
+        desk.engine.step()
+    done = [job for job in desk.told if isinstance(desk.last(job), Completed)]
+    steps = {name: sum(job.startswith(name) for job in done) * n for name, n in (("short", 2), ("long", 20))}
+    assert steps["short"] == steps["long"] == 40
