@@ -90,11 +90,16 @@ class Waiting:
 
 @dataclass(frozen=True)
 class ModelState:
-    """A model in one worker's memory."""
+    """A model in the hands of one worker."""
 
-    status: Literal["ready", "loading", "failed"]
+    status: Literal["ready", "loading", "failed"]  # ready: it was tried and works; it may have to be loaded again first
     sha256: str = ""  # of model.json as it was loaded: tells versions apart
     error: str | None = None  # why it failed, or, of a ready model, why a newer version was refused
+    resident: bool = True  # in memory now
+    weight: int = 0  # bytes that it takes there, measured
+    loads: int = 0  # how often it was loaded by this worker
+    unloads: int = 0
+    load_seconds: float = 0.0  # all loads together
 
 
 @dataclass(frozen=True)
@@ -195,8 +200,10 @@ class Claims(abc.ABC):
         """Tell what this worker can do, now and whenever that changes."""
 
     @abc.abstractmethod
-    async def claim(self, models: Sequence[str]) -> Job:
-        """Wait for a job for one of `models`, and take it."""
+    async def claim(self, models: Sequence[str], absent: Sequence[str] = ()) -> Job:
+        """Wait for a job for one of `models`, which are in memory, or for one of `absent`, which would have to be
+        loaded first; take it. Jobs for the latter go rather to a worker that has the model in memory and asks as well.
+        """
 
     @abc.abstractmethod
     def cancellations(self) -> AsyncIterator[str]:

@@ -2,7 +2,8 @@
 
 Frames on a socket are a 4-byte big-endian length and a msgpack list:
 
-    worker -> API   ["announce", state]   ["claim", [model, ...]]   ["publish", job id, [[payload, final], ...]]
+    worker -> API   ["announce", state]   ["claim", [model, ...], [model to be loaded, ...]]
+                    ["publish", job id, [[payload, final], ...]]
                     ["hand-back", [job id, ...]]
     API -> worker   ["job", job]          ["cancel", job id]
 
@@ -70,7 +71,8 @@ class _Link:
 
     writer: asyncio.StreamWriter
     state: WorkerState | None = None
-    wanted: tuple[str, ...] = ()  # the standing claim
+    wanted: frozenset[str] = frozenset()  # the standing claim: models in memory,
+    absent: frozenset[str] = frozenset()  # and such as it would load
     jobs: dict[str, None] = field(default_factory=dict)
 
 
@@ -192,7 +194,7 @@ class LocalBroker(Broker):
             link.state = state_in(rest[0])
             self._fail_unservable()
         elif kind == "claim":
-            link.wanted = tuple(rest[0])
+            link.wanted, link.absent = frozenset(rest[0]), frozenset(rest[1])
             self._dispatch()
         elif kind == "publish":
             job_id, events = rest
@@ -213,20 +215,25 @@ class LocalBroker(Broker):
             self._queue_again(mine, attempts=0)
 
     def _dispatch(self) -> None:
-        """Give queued jobs to the workers that wait for them, the least loaded first."""
+        """Give queued jobs to the workers that wait for them: to those that have the model in memory, the least loaded
+        first.
+        """
         for queue in self._queues.values():
             for job_id in list(queue):
                 record = self._records[job_id]
+                model = record.job.model
                 takers = [
-                    (len(link.jobs), name) for name, link in self._links.items() if record.job.model in link.wanted
+                    (model in link.absent, len(link.jobs), name)
+                    for name, link in self._links.items()
+                    if model in link.wanted or model in link.absent
                 ]
                 if not takers:
                     continue
-                name = min(takers)[1]
+                name = min(takers)[2]
                 link = self._links[name]
                 queue.remove(job_id)
                 self._count(record.job, -1)
-                record.worker, record.began, link.wanted = name, False, ()
+                record.worker, record.began, link.wanted, link.absent = name, False, frozenset(), frozenset()
                 link.jobs[job_id] = None
                 waited = self._clock() - record.submitted
                 _send(link.writer, "job", dataclasses.asdict(dataclasses.replace(record.job, queued_seconds=waited)))
@@ -318,9 +325,9 @@ class LocalClaims(Claims):
         _send(self._writer, "announce", dataclasses.asdict(state))
         await self._writer.drain()
 
-    async def claim(self, models: Sequence[str]) -> Job:
+    async def claim(self, models: Sequence[str], absent: Sequence[str] = ()) -> Job:
         if self._jobs.empty():
-            _send(self._writer, "claim", list(models))
+            _send(self._writer, "claim", list(models), list(absent))
             await self._writer.drain()
         return await self._jobs.get()
 
@@ -333,7 +340,7 @@ class LocalClaims(Claims):
         await self._writer.drain()
 
     async def hand_back(self, job_ids: Sequence[str]) -> None:
-        _send(self._writer, "claim", [])  # or they might come back at once
+        _send(self._writer, "claim", [], [])  # or they might come back at once
         _send(self._writer, "hand-back", list(job_ids))
         await self._writer.drain()
 

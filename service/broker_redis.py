@@ -324,8 +324,8 @@ class RedisClaims(Claims):
         with contextlib.suppress(*AWAY):  # the next beat tells
             await self._beat()
 
-    async def claim(self, models: Sequence[str]) -> Job:
-        self._wanted = tuple(models)
+    async def claim(self, models: Sequence[str], absent: Sequence[str] = ()) -> Job:
+        self._wanted = (*models, *absent)
         self._wants.set()
         try:
             return await self._jobs.get()

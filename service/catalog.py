@@ -55,6 +55,7 @@ class Entry:
     status: Literal["ready", "loading", "failed"]
     version: Version | None
     error: str | None = None
+    resident: bool = False  # in some worker's memory; otherwise its next job waits until it is loaded
 
 
 _Fingerprint: TypeAlias = "tuple[int, int, int]"
@@ -129,7 +130,7 @@ def _ready_entry(model: str, folder: _Folder, ready: Sequence[ModelState]) -> En
     if version is None:
         return Entry(model, "failed", None, folder.error)
     refused = next((state.error for state in ready if state.error), None)
-    return Entry(model, "ready", version, refused or folder.error)
+    return Entry(model, "ready", version, refused or folder.error, any(state.resident for state in ready))
 
 
 def _fingerprints(folder: Path) -> dict[str, _Fingerprint]:

@@ -68,25 +68,44 @@ class Engine:
     # models
 
     def put(self, model_id: str, version: str, model: Model) -> None:
-        """Serve a model, warmed up with a step, in place of any older version: rows of that one run on to their end.
-        Raises whatever
-        the model raises when it draws or scores one image; then the older version stays."""
-        lanes: dict[str, _Lane] = {}
+        """Serve a model in place of any older version: rows of that one run on to their end. Raises whatever the model
+        raises when it draws or scores one image; then the older version stays.
+        """
+        self.take_in(model_id, version, self.warm(model_id, model))
+
+    def warm(self, model_id: str, model: Model) -> Warm:
+        """The first half of `put`: try a model with a step of everything that it can do. May be called from another
+        thread than the one that drives the engine, so that rows of other models step meanwhile.
+        """
         programs: list[Program] = [Drawing(model)]
         if model.spec.likelihood is not None:
             if not isinstance(model, Density):
                 raise TypeError(f"{model_id}: its Spec has a likelihood, but the family is no Density")
             programs.append(Scoring(model))
+        lanes = []
         for program in programs:
-            name = f"{model_id}@{version}/{program.name}"
             with torch.inference_mode():
                 lane = self._warmed(program)
-                seconds = self._time(lane)
+                lanes.append((lane, self._time(lane)))
+        return Warm(model, tuple(lanes))
+
+    def take_in(self, model_id: str, version: str, warm: Warm) -> None:
+        """The second half of `put`."""
+        for lane, seconds in warm.lanes:
+            name = f"{model_id}@{version}/{lane.program.name}"
             self._scheduler.prepare(name, lane.max_rows, lane.multiple, seconds)
-            lanes[name] = lane
-        self._models[model_id] = (version, model)
-        self._lanes |= lanes
+            self._lanes[name] = lane
+        self._models[model_id] = (version, warm.model)
         self._retire()
+
+    def versions(self) -> dict[str, bool]:
+        """What is in memory, as "<model>@<version>", and whether any job runs or waits there."""
+        self._retire()
+        busy: dict[str, bool] = {}
+        for name in self._lanes:
+            version = name.rsplit("/", 1)[0]
+            busy[version] = busy.get(version, False) or bool(self._scheduler.lane_jobs(name))
+        return busy
 
     def remove(self, model_id: str) -> None:
         """Take no new jobs for a model; those that run go on to their end."""
@@ -351,6 +370,14 @@ class Engine:
     def _end(self, job_id: str, message: Completed | Failed) -> None:
         if self._jobs.pop(job_id, None) is not None:
             self._emit(job_id, message, True)
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A model whose programs were tried and timed."""
+
+    model: Model
+    lanes: tuple[tuple[_Lane, float], ...]  # each with the seconds of a step over the fewest rows
 
 
 @dataclass

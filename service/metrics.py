@@ -106,4 +106,24 @@ class _Pool:
                 waiting.add_metric(whose, load.waiting)
                 cost.add_metric([*whose, "row"], load.row_seconds)
                 cost.add_metric([*whose, "step"], load.step_seconds)
+        yield from _memory(self._pool)
         yield from (steps, rows, seconds, use, running, waiting, cost)
+
+
+def _memory(pool: Sequence[WorkerState]) -> Iterator[Metric]:
+    """What models take, and how often they were loaded and unloaded."""
+    labels = ["worker", "model"]
+    weight = GaugeMetricFamily(
+        "drawwell_model_bytes", "Memory that a model takes; 0 while it is not there", labels=labels
+    )
+    loads = CounterMetricFamily("drawwell_model_loads", "Times that a model was loaded", labels=labels)
+    unloads = CounterMetricFamily("drawwell_model_unloads", "Times that a model made room for another", labels=labels)
+    seconds = CounterMetricFamily("drawwell_model_load_seconds", "Time spent loading a model", labels=labels)
+    for worker in pool:
+        for name, state in worker.models.items():
+            whose = [worker.name, name]
+            weight.add_metric(whose, state.weight if state.resident else 0)
+            loads.add_metric(whose, state.loads)
+            unloads.add_metric(whose, state.unloads)
+            seconds.add_metric(whose, state.load_seconds)
+    yield from (weight, loads, unloads, seconds)

@@ -298,6 +298,9 @@ class ModelEntry(Answer):
     id: str
     status: Literal["ready", "loading", "failed"]
     error: str | None = Field(None, description="why it failed or, of a ready model, why a newer version was refused")
+    resident: bool = Field(
+        description="in some worker's memory; a request for one that is `ready` and not resident waits for its loading"
+    )
     family: str | None = None
     image: ImageShape | None = None
     steps: Steps | None = None

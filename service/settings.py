@@ -25,6 +25,12 @@ class Settings(BaseSettings):
         description='a worker for each: "cpu", "cuda:0,cuda:1", ...; "auto": every CUDA device, else up to four CPUs',
     )
     max_rows: int = Field(64, ge=1, description="most images that step together in one batch of a model")
+    model_memory: int | None = Field(
+        None,
+        ge=1,
+        description="bytes that the models of one worker may take in memory; those that were not used for the longest "
+        "time make room, and are loaded again when they are asked for. Not set: every model stays",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much the processes tell")
 
     redis_url: SecretStr | None = Field(

@@ -99,6 +99,8 @@ class Supervisor:
         command = ["-m", "service.worker", *reach.arguments, "--name", name, "--device", device]
         command += ["--models", str(settings.models), "--max-rows", str(settings.max_rows)]
         command += ["--drain-seconds", str(settings.drain_seconds), "--log-level", settings.log_level]
+        if settings.model_memory is not None:
+            command += ["--model-memory", str(settings.model_memory)]
         threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
         process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -1,8 +1,7 @@
 """A process that owns one device: claims jobs, runs the engine, publishes events.
 
-Three threads. The main one drives the engine, step after step. One runs asyncio and talks to the broker. One watches
-the models folder and reads checkpoints that are new or changed; the main thread takes them in between two steps. They
-meet in one inbox.
+Three threads. The main one drives the engine, step after step. One runs asyncio and talks to the broker. One reads
+checkpoints (`service.loader`); the main thread takes them in between two steps. They meet in one inbox.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import logging
 import queue
 import signal
@@ -26,17 +24,16 @@ from typing import TypeAlias
 
 import torch
 
-from models import _checkpoint
-from models._protocol import Model
-from service.broker import SUSPECT, Claims, Event, Job, ModelState, WorkerState
+from service.broker import SUSPECT, Claims, Event, Job, WorkerState
 from service.broker_local import LocalClaims
 from service.engine import Engine
+from service.loader import Found, Gone, Loaded, Loader, News, Refused, Scanned
 from service.messages import Failed, Generate, Message, ScoreImages, pack, unpack
+from service.residency import Residency
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-SCAN_EVERY = 1.0  # seconds between looks at the models folder
 TELL_EVERY = 1.0  # seconds between announcements of the load, while there is any
 ROWS_AHEAD = 2  # a worker claims jobs for a model until it has this many times a full batch of rows
 
@@ -52,30 +49,6 @@ class _Cancel:
 
 
 @dataclass(frozen=True)
-class _NewModel:
-    name: str
-    version: str
-    model: Model
-
-
-@dataclass(frozen=True)
-class _BadModel:
-    name: str
-    version: str
-    error: str
-
-
-@dataclass(frozen=True)
-class _GoneModel:
-    name: str
-
-
-@dataclass(frozen=True)
-class _Scanned:
-    """The folder was looked through once."""
-
-
-@dataclass(frozen=True)
 class _Drain:
     """The process is told to end: what runs may come to its end, for a while."""
 
@@ -85,40 +58,45 @@ class _Stop:
     """The broker is gone."""
 
 
-_Command: TypeAlias = _NewJob | _Cancel | _NewModel | _BadModel | _GoneModel | _Scanned | _Drain | _Stop
+_Command: TypeAlias = _NewJob | _Cancel | News | _Drain | _Stop
 
 
 class Worker:
     """Startup, main loop and shutdown of one worker."""
 
-    def __init__(self, name: str, device: str, folder: Path, max_rows: int = 64, drain_seconds: float = 20.0) -> None:
-        self._name, self._device, self._folder, self._max_rows = name, device, folder, max_rows
+    def __init__(
+        self,
+        name: str,
+        device: str,
+        folder: Path,
+        max_rows: int = 64,
+        drain_seconds: float = 20.0,
+        memory: int | None = None,
+    ) -> None:
+        self._name, self._device, self._max_rows = name, device, max_rows
         self._drain_seconds = drain_seconds
         self._ends_at: float | None = None  # the clock's time at which what still runs is handed back
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._outbox: dict[str, list[Event]] = {}
         self._rows: Counter[str] = Counter()  # model -> rows of its unfinished jobs here
         self._held: dict[str, Job] = {}
-        self._models: dict[str, ModelState] = {}
         self._announced = 0.0  # when, on the clock
         self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
-        self._ready = False
         self._talk: _Talk | None = None
         self._engine = Engine(self._emit, device, max_rows)
+        self._loader = Loader(folder, device, self._engine.warm, self._inbox.put)
+        self._residency = Residency(self._engine, self._loader.load, memory)
 
     def run(self, connect: Callable[[], Awaitable[Claims]]) -> None:
         """Serve until the broker is gone, or to the end of a drain. `connect` runs in the talking thread."""
         self._talk = _Talk(connect, self._inbox)
         self._talk.start()
-        stopped = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(stopped,), name="watch", daemon=True)
-        watcher.start()
+        self._loader.start()
         try:
             self._loop()
         finally:
-            stopped.set()
+            self._loader.stop()
             self._talk.stop()
-            watcher.join()
 
     def drain(self) -> None:
         """Take no more jobs; end when those here are done, or handed back after `drain_seconds`."""
@@ -130,10 +108,10 @@ class Worker:
     def _loop(self) -> None:
         busy = False
         while True:
-            for command in self._commands(wait=not busy):
-                if isinstance(command, _Stop):
-                    return
-                self._obey(command)
+            if not self._obey_all(wait=not busy):
+                return
+            if self._residency.pump():
+                self._announce()
             busy = self._engine.step()
             self._flush()
             if self._ends_at is not None and (not self._held or time.monotonic() >= self._ends_at):
@@ -141,6 +119,14 @@ class Worker:
                     log.warning("handing back %d jobs that did not come to their end in time", len(self._held))
                 self._give_back(list(self._held.values()))
                 return
+
+    def _obey_all(self, wait: bool) -> bool:
+        """False when the broker is gone. What a command holds, a model perhaps, is let go of on return."""
+        for command in self._commands(wait):
+            if isinstance(command, _Stop):
+                return False
+            self._obey(command)
+        return True
 
     def _commands(self, wait: bool) -> list[_Command]:
         commands = [self._inbox.get()] if wait else []
@@ -153,21 +139,27 @@ class Worker:
         if isinstance(command, _NewJob):
             self._take(command.job)
         elif isinstance(command, _Cancel):
+            if self._residency.forget(command.job_id):
+                self._emit(command.job_id, Failed("cancelled", "the job was cancelled before it began"), True)
             self._engine.cancel(command.job_id)
-        elif isinstance(command, _NewModel):
-            self._serve(command)
-        elif isinstance(command, _BadModel):
-            self._refuse(command.name, command.version, command.error)
-        elif isinstance(command, _GoneModel):
-            self._engine.remove(command.name)
-            self._models.pop(command.name, None)
-            self._announce()
+        elif isinstance(command, Found | Gone | Loaded | Refused | Scanned):
+            self._hear(command)
         elif isinstance(command, _Drain) and self._ends_at is None:
             log.info("draining: %d jobs are here", len(self._held))
             self._ends_at = time.monotonic() + self._drain_seconds
             self._announce()
-        elif isinstance(command, _Scanned) and not self._ready:
-            self._ready = True
+            self._give_back(self._residency.waiting())
+
+    def _hear(self, news: News) -> None:
+        was_ready = self._residency.ready
+        begin, hand_back = self._residency.hear(news)
+        for job in begin:
+            self._begin(job)
+        self._give_back(hand_back)
+        for job_id in self._residency.expired():
+            self._residency.forget(job_id)
+            self._emit(job_id, Failed("expired", "the job was expired before it began"), True)
+        if not isinstance(news, Scanned) or self._residency.ready != was_ready:
             self._announce()
 
     def _take(self, job: Job) -> None:
@@ -181,6 +173,10 @@ class Worker:
         self._held[job.id] = job
         self._rows[job.model] += job.rows
         self._claim()
+        if self._residency.admit(job):
+            self._begin(job)
+
+    def _begin(self, job: Job) -> None:
         try:
             task = unpack(job.payload)
             if not isinstance(task, Generate | ScoreImages):
@@ -194,29 +190,12 @@ class Worker:
         assert self._talk is not None
         for job in jobs:
             self._engine.forget(job.id)
+            self._residency.forget(job.id)
             self._outbox.pop(job.id, None)
             if self._held.pop(job.id, None) is not None:
                 self._rows[job.model] -= job.rows
         if jobs:
             self._talk.hand_back([job.id for job in jobs])
-
-    def _serve(self, new: _NewModel) -> None:
-        try:
-            self._engine.put(new.name, new.version, new.model)
-        except Exception as e:  # whatever a model raises when it draws its first image, the others go on
-            log.exception("%s does not run", new.name)
-            self._refuse(new.name, new.version, f"{type(e).__name__}: {e}")
-            return
-        self._models[new.name] = ModelState("ready", new.version)
-        self._announce()
-
-    def _refuse(self, name: str, version: str, error: str) -> None:
-        before = self._models.get(name)
-        if before is not None and before.status == "ready":  # the version that worked stays in service
-            self._models[name] = ModelState("ready", before.sha256, f"a newer version was refused: {error}")
-        else:
-            self._models[name] = ModelState("failed", version, error)
-        self._announce()
 
     # ------------------------------------------------------------------------------------------------------------
     # telling
@@ -225,6 +204,7 @@ class Worker:
         self._outbox.setdefault(job_id, []).append(Event(pack(message), final))
         if final and (job := self._held.pop(job_id, None)) is not None:
             self._rows[job.model] -= job.rows
+            self._residency.touch(job.model)
             if job_id == self._suspect:
                 self._suspect = None
 
@@ -239,9 +219,10 @@ class Worker:
 
     def _announce(self) -> None:
         assert self._talk is not None
-        ready = self._ready and self._ends_at is None
+        ready = self._residency.ready and self._ends_at is None
         self._announced = time.monotonic()
-        state = WorkerState(self._name, self._device, ready, dict(self._models), self._engine.load(), len(self._held))
+        models = dict(self._residency.states)
+        state = WorkerState(self._name, self._device, ready, models, self._engine.load(), len(self._held))
         self._talk.announce(state)
         self._claim()
 
@@ -249,53 +230,13 @@ class Worker:
         """Ask for more work for the models that have room."""
         assert self._talk is not None
         if self._ends_at is not None or self._suspect is not None:
-            self._talk.want([])
+            self._talk.want([], [])
             return
-        room = [
-            m for m, s in self._models.items() if s.status == "ready" and self._rows[m] < ROWS_AHEAD * self._max_rows
-        ]
-        self._talk.want(room)
-
-    # -------------------------------------------------------------------------------------------------------------
-    # models
-
-    def _watch(self, stopped: threading.Event) -> None:
-        """Look at the folder now and then; read what is new or changed. A folder's version is the hash of its
-        model.json.
-        """
-        seen: dict[str, str] = {}
-        while True:
-            found = {p.parent.name: p for p in sorted(self._folder.glob(f"*/{_checkpoint.ABOUT}"))}
-            for name in [n for n in seen if n not in found]:
-                del seen[name]
-                self._inbox.put(_GoneModel(name))
-            for name, path in found.items():
-                self._look(name, path, seen)
-            self._inbox.put(_Scanned())
-            if stopped.wait(SCAN_EVERY):
-                return
-
-    def _look(self, name: str, path: Path, seen: dict[str, str]) -> None:
-        try:
-            version = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError:
-            return  # going away, or being replaced: the next look tells
-        if seen.get(name) == version:
-            return
-        began = time.perf_counter()
-        try:
-            model = _checkpoint.load(path.parent, self._device)
-        except Exception as e:  # a checkpoint is input: whatever is wrong with it concerns it alone
-            log.warning("%s: refused: %s", name, e)
-            self._inbox.put(
-                _BadModel(
-                    name, version, f"{e}" if isinstance(e, _checkpoint.CheckpointError) else f"{type(e).__name__}: {e}"
-                )
-            )
-        else:
-            log.info("%s: read in %.2f s", name, time.perf_counter() - began)
-            self._inbox.put(_NewModel(name, version, model))
-        seen[name] = version
+        here, absent = (
+            [m for m in self._residency.servable(resident) if self._rows[m] < ROWS_AHEAD * self._max_rows]
+            for resident in (True, False)
+        )
+        self._talk.want(here, absent)
 
 
 @dataclass(frozen=True)
@@ -303,7 +244,13 @@ class _HandBack:
     job_ids: list[str]
 
 
-_Told: TypeAlias = "dict[str, list[Event]] | WorkerState | list[str] | _HandBack"
+@dataclass(frozen=True)
+class _Want:
+    models: list[str]
+    absent: list[str]
+
+
+_Told: TypeAlias = "dict[str, list[Event]] | WorkerState | _Want | _HandBack"
 
 
 class _Talk:
@@ -315,7 +262,7 @@ class _Talk:
         self._thread = threading.Thread(target=self._run, name="talk", daemon=True)
         self._begun = threading.Event()
         self._told: asyncio.Queue[_Told | None] = asyncio.Queue()
-        self._wanted: list[str] = []
+        self._wanted = _Want([], [])
         self._changed = asyncio.Event()
 
     def start(self) -> None:
@@ -334,8 +281,8 @@ class _Talk:
     def announce(self, state: WorkerState) -> None:
         self._soon(state)
 
-    def want(self, models: list[str]) -> None:
-        self._soon(models)
+    def want(self, models: list[str], absent: list[str]) -> None:
+        self._soon(_Want(models, absent))
 
     def hand_back(self, job_ids: list[str]) -> None:
         self._soon(_HandBack(job_ids))
@@ -386,10 +333,10 @@ class _Talk:
         """Keep one claim standing for the models that have room; each change replaces it."""
         while True:
             self._changed.clear()
-            if not self._wanted:
+            if not self._wanted.models and not self._wanted.absent:
                 await self._changed.wait()
                 continue
-            claim = asyncio.ensure_future(claims.claim(self._wanted))
+            claim = asyncio.ensure_future(claims.claim(self._wanted.models, self._wanted.absent))
             changed = asyncio.ensure_future(self._changed.wait())
             try:
                 await asyncio.wait([claim, changed], return_when=asyncio.FIRST_COMPLETED)
@@ -418,12 +365,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-rows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch")
     parser.add_argument("--drain-seconds", type=float, default=20.0)
+    parser.add_argument("--model-memory", type=int, help="bytes that models may take in memory; without it, any number")
     parser.add_argument("--log-level", default="INFO")
     args = parser.parse_args(argv)
     logging.basicConfig(level=args.log_level, format=f"%(asctime)s {args.name} %(levelname)s %(message)s")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    worker = Worker(args.name, args.device, args.models, args.max_rows, args.drain_seconds)
+    worker = Worker(args.name, args.device, args.models, args.max_rows, args.drain_seconds, args.model_memory)
     signal.signal(signal.SIGTERM, lambda *_: worker.drain())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the API ends its workers itself
     worker.run((lambda: LocalClaims.connect(args.fd)) if args.fd is not None else (lambda: _over_redis(args.name)))

@@ -35,6 +35,14 @@ def catalog(tmp_path: Path) -> Catalog:
     return Catalog(tmp_path)
 
 
+def test_a_model_is_resident_where_some_worker_has_it_in_memory(api: Api) -> None:
+    sha256 = api.catalog.entry("gan", []).version.sha256  # type: ignore[union-attr]
+    here, absent = ModelState("ready", sha256), ModelState("ready", sha256, resident=False)
+    for states, resident in (((here, absent), True), ((absent, here), True), ((absent,), False), ((), False)):
+        entry = api.catalog.entry("gan", [ready_worker(gan=state) for state in states])
+        assert (entry.status, entry.resident) == ("ready" if states else "loading", resident)
+
+
 # -------------------------------------------------------------------------------------------------------------- routes
 
 
@@ -45,6 +53,7 @@ async def test_an_entry_is_the_spec_and_how_the_model_stands(api: Api) -> None:
         **json.loads(json.dumps(DIFFUSION.to_json())),
         "id": "diffusion",
         "status": "ready",
+        "resident": True,
         "metrics": {"bits_per_dim": 2.5},
         "sha256": version.weights_sha256,
     }

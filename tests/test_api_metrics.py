@@ -8,7 +8,7 @@ import pytest
 from api_fakes import Api, ready_worker
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.broker import QueueFull, WorkerState
+from service.broker import ModelState, QueueFull, WorkerState
 from service.scheduler import Load
 
 pytestmark = pytest.mark.anyio
@@ -57,7 +57,10 @@ async def test_refusals_are_counted_by_their_reason(api: Api) -> None:
 
 async def test_workers_tell_of_themselves(api: Api) -> None:
     load = {"gan/draw": Load(10, 320, 1.5, 3, 4, 64, 0.001, 0.002)}
-    ready = ready_worker()
+    ready = ready_worker(
+        gan=ModelState("ready", resident=True, weight=4096, loads=3, unloads=2, load_seconds=1.5),
+        diffusion=ModelState("ready", resident=False, weight=8192, loads=1, unloads=1, load_seconds=0.5),
+    )
     api.broker.states = [
         WorkerState("w", "cpu", True, ready.models, load, 2),
         WorkerState("v", "cpu", False),
@@ -73,6 +76,12 @@ async def test_workers_tell_of_themselves(api: Api) -> None:
     assert found["drawwell_waiting_rows", key(**whose)] == 4
     assert found["drawwell_step_cost_seconds", key(**whose, term="row")] == 0.001
     assert found["drawwell_queued_units", key()] == 0
+    model = key(worker="w", model="gan")
+    assert found["drawwell_model_bytes", model] == 4096
+    assert found["drawwell_model_loads_total", model] == 3
+    assert found["drawwell_model_unloads_total", model] == 2
+    assert found["drawwell_model_load_seconds_total", model] == 1.5
+    assert found["drawwell_model_bytes", key(worker="w", model="diffusion")] == 0, "it is not in memory"
 
 
 def key(**labels: str) -> tuple[tuple[str, str], ...]:

@@ -22,6 +22,8 @@ from PIL import Image
 from servers import DDPM, GAN, VAE, Server, write
 
 from models import _checkpoint
+from service.engine import Engine
+from service.loader import weigh
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +246,29 @@ def test_a_taken_port_and_a_missing_folder_end_with_a_message(server: Server, tm
     devices = subprocess.run([*base, "--devices", "tpu"], cwd=root, capture_output=True, text=True, timeout=60)
     assert devices.returncode == 2
     assert "'tpu'" in devices.stderr
+
+
+def test_models_beyond_the_memory_budget_are_loaded_when_they_are_asked_for(
+    server: Server, zoo: Path, tmp_path: Path
+) -> None:
+    engine, loaded = Engine(lambda *_: None), {path.name: _checkpoint.load(path) for path in zoo.iterdir()}
+    heaviest = max(weigh(engine.warm(name, model).model) for name, model in loaded.items())
+    environment = {"DRAWWELL_MODEL_MEMORY": str(heaviest)}
+    tight = Server(zoo, tmp_path / "tight.log", devices="cpu", environment=environment)
+    try:
+        tight.wait_for("/readyz")
+        for k in range(2):
+            for model in ("chain", "gan", "vae"):
+                body = {"model": model, "n": 2, "seed": k, **({"steps": 5} if model == "chain" else {})}
+                assert images(tight.client.post("/generate", json=body)) == images(
+                    server.client.post("/generate", json=body)
+                )
+        models = tight.client.get("/models").json()["models"]
+        assert {model["status"] for model in models} == {"ready"}
+        assert 1 <= sum(model["resident"] for model in models) < 3
+        assert all(model["resident"] for model in server.client.get("/models").json()["models"])
+        told = tight.client.get("/metrics").text
+        lines = [line for line in told.splitlines() if line.startswith("drawwell_model_loads_total")]
+        assert sum(float(line.split()[-1]) for line in lines) > 5
+    finally:
+        tight.close()

@@ -32,6 +32,7 @@ def _to_json(entry: Entry) -> dict[str, Any]:
     return {
         "id": entry.id,
         "status": entry.status,
+        "resident": entry.resident,
         **({"error": entry.error} if entry.error is not None else {}),
         **(version.spec.model_dump(mode="json") if version else {}),
         "metrics": version.metrics if version else {},

@@ -99,6 +99,7 @@ class Model(Schema):
     family: str | None = None
     status: Literal["ready", "loading", "failed"]
     error: str | None = None  # why it failed
+    resident: bool = True  # in some worker's memory; a request for one that is not waits until it is loaded
     image: Size | None = None
     steps: Steps | None = None
     solvers: tuple[str, ...] = ()
