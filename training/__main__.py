@@ -1,4 +1,4 @@
-"""python -m training list | run RECIPE | evaluate CHECKPOINT | compare FOLDER …"""
+"""python -m training list | run RECIPE | evaluate CHECKPOINT … | calibrate CHECKPOINT | compare FOLDER …"""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
             for path in compare(args.folders):
                 console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        elif args.anomalies:
+            _detect(args, console)
         else:
-            from training.evaluate import evaluate
-
-            evaluate(args.checkpoint, data_dir=args.data_dir, console=console)
+            _evaluate(args, console)
     except (TrainingError, CheckpointError, CalibrationError) as e:
         Console(stderr=True).print(str(e), style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -73,8 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--threads", type=_positive, help="CPU threads a process may use (default: torch's own choice)")
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint; write its metrics, samples and card")
-    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    evaluate.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     evaluate.add_argument("--data-dir", type=Path, help="as for run")
+    evaluate.add_argument(
+        "--anomalies", action="store_true", help="measure how well calibrated checkpoints tell anomalies, instead"
+    )
+    evaluate.add_argument("--images", type=_positive, help="images of each set of anomalies (10,000)")
+    evaluate.add_argument("--ensemble", action="store_true", help="also measure all the checkpoints together as one")
+    evaluate.add_argument("--pictures", action="store_true", help="also draw ROC curves and heat maps")
+    evaluate.add_argument("--work", type=Path, help="where scores are kept to go on from (runs/anomalies)")
+    evaluate.add_argument("--page", type=Path, help="the page with the tables (docs/anomalies.md)")
     calibrate = commands.add_parser("calibrate", help="turn a checkpoint's scores into p-values; it must be a density")
     calibrate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     calibrate.add_argument(
@@ -157,6 +165,43 @@ def _processes(asked: int | None) -> tuple[int, int]:
     if everywhere % here:
         raise RunError(f"torchrun: {everywhere} processes, {here} of them here; every machine must have as many")
     return here, everywhere // here
+
+
+def _evaluate(args: argparse.Namespace, console: Console) -> None:
+    from training.evaluate import evaluate
+
+    for option in ("images", "ensemble", "pictures", "work", "page"):
+        if getattr(args, option):
+            raise RunError(f"{option}: only with --anomalies")
+    for checkpoint in args.checkpoints:
+        evaluate(checkpoint, data_dir=args.data_dir, console=console)
+
+
+def _detect(args: argparse.Namespace, console: Console) -> None:
+    from models import _checkpoint
+    from training import anomaly_page as pages
+    from training import detect, detect_pictures
+
+    settings = detect.Settings(ensemble=args.ensemble)
+    chosen = {name: value for name in ("images", "work") if (value := getattr(args, name)) is not None}
+    settings = dataclasses.replace(settings, **chosen)
+    page: Path = args.page or pages.PAGE
+    pages.write(page, pages.read(page))  # a page that cannot be written is told before the work
+    told = {folder.name: folder.name if folder.is_absolute() else folder.as_posix() for folder in args.checkpoints}
+    for subject, scorer in detect.evaluate(args.checkpoints, settings, args.data_dir, console):
+        names = " ".join(told[name] for name in scorer.versions) + " --ensemble" * (len(scorer.versions) > 1)
+        command = f"python -m training evaluate {names} --anomalies --images {settings.images}"
+        found = {**detect.measured(scorer, subject, settings), "command": command}
+        results = pages.read(page)
+        pages.add(results, subject.dataset.name, detect.compressed(subject), scorer.name, found)
+        written = pages.write(page, results)
+        if args.pictures:
+            picture = page.with_suffix("") / f"roc-{scorer.name.replace(' + ', '+')}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            curves = detect_pictures.curves(scorer.name, detect.ranked(scorer, subject), detect.NORMAL)
+            _checkpoint.write_file(picture, curves)
+            written.append(picture)
+        console.print(f"{scorer.name}: wrote {', '.join(map(str, written))}", markup=False, highlight=False)
 
 
 def _about(name: str, run: Run, dataset: data.Dataset, state: State, devices: str) -> dict[str, Any]:

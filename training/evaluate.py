@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from models import _checkpoint
@@ -31,7 +28,8 @@ from training.card import card
 from training.data import Dataset, Split
 from training.errors import DataError
 from training.features import FeatureSpace, feature_space
-from training.measure import Report, draws, images_per_second, log_probs, reconstructions, sample
+from training.measure import draws, images_per_second, log_probs, reconstructions, sample
+from training.progress import Bars
 
 Metric = dict[str, JSON]
 
@@ -76,7 +74,7 @@ def evaluate(
         raise DataError(f"{data.name}: not the data that {checkpoint.name} was trained on (another sha256)")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _checkpoint.load(checkpoint, device)
-    bars = _Bars(console)
+    bars = Bars(console)
     with bars.task("feature network") as report:
         space = feature_space(data, folder=features_dir, report=report)
     n = min(settings.samples, _comparable(data.splits["train"], model.spec))
@@ -121,7 +119,7 @@ def evaluate(
 # --------------------------------------------------------------------------------------------------- parts of the work
 
 
-def _likelihood(model: Model, data: Dataset, settings: Settings, bars: _Bars) -> dict[str, Metric]:
+def _likelihood(model: Model, data: Dataset, settings: Settings, bars: Bars) -> dict[str, Metric]:
     """bits/dim of the test split, without labels and with them, and how much better the training split's are."""
     likelihood = model.spec.likelihood
     if likelihood is None or likelihood.kind == "unnormalised":
@@ -230,7 +228,7 @@ def _quality(
 
 
 def _by_steps(
-    model: Model, asked: Sequence[Draw], data: Dataset, space: FeatureSpace, batch: int, bars: _Bars
+    model: Model, asked: Sequence[Draw], data: Dataset, space: FeatureSpace, batch: int, bars: Bars
 ) -> dict[str, Metric]:
     """FD-local and label agreement at other numbers of steps than the default, where there are few to choose from: at
     1, 2, 4, ... as far as it goes."""
@@ -368,19 +366,3 @@ def _stderr(values: NDArray[np.float64]) -> float:
 
 def _significant(value: float) -> float:
     return float(f"{value:.5g}")
-
-
-class _Bars:
-    """A progress bar for each part of the work; a line each where the output is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    @contextmanager
-    def task(self, name: str) -> Iterator[Report]:
-        began = time.perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(name, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
-        self.console.print(f"{name}: {time.perf_counter() - began:.0f} s", highlight=False)

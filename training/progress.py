@@ -1,10 +1,14 @@
-"""What a training run shows: a progress bar (in a log file: lines) with loss, images/s and ETA; TensorBoard events."""
+"""What a training run shows: a progress bar (in a log file: lines) with loss, images/s and ETA; TensorBoard events.
+
+And what an evaluation shows: a bar for each of its parts.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +19,7 @@ from rich.progress import Progress as Bar
 from torch.utils.tensorboard import SummaryWriter
 
 from training.config import Run
+from training.measure import Report
 
 LINE_EVERY = 30.0  # seconds between lines where the output is a file, not a terminal
 
@@ -86,3 +91,36 @@ class Clock:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+class Bars:
+    """A progress bar for each part of the work; where the output is no terminal a line each, and more of what lasts."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[Report]:
+        began = line_at = time.perf_counter()
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Bar(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(name, total=None)
+
+            def report(done: int, total: int) -> None:
+                nonlocal line_at
+                bar.update(task, completed=done, total=total)
+                now = time.perf_counter()
+                if not self.console.is_terminal and now - line_at > LINE_EVERY and done < total:
+                    line_at = now
+                    self._print(f"{name}: {done:,}/{total:,}")
+
+            yield report
+        self._print(f"{name}: {time.perf_counter() - began:.0f} s")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

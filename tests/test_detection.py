@@ -1,0 +1,236 @@
+"""How detectors are measured: closed forms, and an evaluation from checkpoints to a page that goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+from rich.console import Console
+from toys import Config, Walk
+
+import models
+import training.__main__ as command
+from anomaly import calibration as calibrations
+from models import _checkpoint
+from training import anomaly_page, calibrate, data, detect, detection, scored
+from training.detect import CALIBRATED, COMPRESSED, ONE_SIDED, TYPICALITY
+from training.errors import DataError
+
+# --------------------------------------------------------------------------------------------------------- closed forms
+
+
+def test_two_normals_apart_are_told_as_their_closed_form_says() -> None:
+    rng, apart = np.random.default_rng(0), 1.5
+    found = detection.separation(rng.standard_normal(40_000), rng.standard_normal(40_000) + apart)
+    assert found["auroc"] == pytest.approx(scipy.stats.norm.cdf(apart / math.sqrt(2)), abs=0.005)
+    assert found["fpr95"] == pytest.approx(scipy.stats.norm.sf(apart + scipy.stats.norm.ppf(0.05)), abs=0.01)
+    assert found["auroc"] < found["auprc"] + 0.05
+
+
+def test_ties_are_chance_and_order_is_all_that_counts() -> None:
+    same = detection.separation(np.zeros(50), np.zeros(70))
+    assert (same["auroc"], same["fpr95"], same["n"]) == (0.5, 1.0, 70)
+    normal, odd = np.arange(10.0), np.arange(5.0, 15.0)
+    assert detection.separation(normal, odd) == detection.separation(np.exp(normal), np.exp(odd))
+    assert detection.separation(normal, normal + 100) == pytest.approx(
+        {"auroc": 1.0, "auprc": 1.0, "fpr95": 0.0, "n": 10}
+    )
+
+
+def test_a_score_that_is_no_number_is_above_all_and_minus_infinity_below() -> None:
+    normal, odd = np.array([0.0, 1.0, -np.inf]), np.array([np.nan, np.inf, np.nan])
+    assert detection.separation(normal, odd)["auroc"] == 1.0
+    assert detection.separation(odd, normal)["auroc"] == 0.0
+
+
+@pytest.mark.slow
+def test_realised_false_alarms_lie_within_the_beta_law_as_often_as_it_says() -> None:
+    """1,000 times: 200 scores calibrate, 100 others are counted."""
+    rng, inside, promised = np.random.default_rng(0), 0, 0
+    plain = calibrations.Calibration(("a",), None, np.zeros(0), {})  # type: ignore[arg-type]
+    for _ in range(1000):
+        calibration = dataclasses.replace(plain, scores=np.sort(rng.standard_normal(200)))
+        fresh = rng.standard_normal(100)
+        found = detection.false_alarms(calibration, fresh, 0.05)
+        assert found is not None
+        assert found.beta[0] > found.counted[0]
+        assert found.beta[1] < found.counted[1]
+        inside += found.counted[0] <= found.rate <= found.counted[1]
+        strict = detection.false_alarms(calibration, fresh, 0.05, 0.95)
+        assert strict is not None
+        promised += strict.rate <= 0.05 + 1.645 * math.sqrt(0.05 * 0.95 / 100)
+    assert inside / 1000 >= 0.94, "the counts are whole, so the interval holds a little more than 95 %"
+    assert promised / 1000 >= 0.95
+    assert detection.false_alarms(calibration, fresh, 0.001) is None, "200 images are too few for that"
+
+
+def test_groups_are_whole_and_scored_together() -> None:
+    values = np.arange(11.0)
+    assert detection.grouped(values, 5).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert detection.typicality(values, 4.0, 5).tolist() == [2.0, 3.0]
+    p = np.random.default_rng(0).uniform(size=50_000)
+    statistic = 2 * detection.fisher(p, 5)
+    assert scipy.stats.kstest(statistic, scipy.stats.chi2(10).cdf).pvalue > 0.01, "Fisher: χ² of 2k degrees"
+
+
+def test_pixels_are_pooled_and_images_without_an_anomaly_have_no_part() -> None:
+    masks = np.zeros((3, 4, 4), np.bool_)
+    masks[0, :2, :2] = masks[1, 2:, 2:] = True
+    assert detection.pixels(masks.astype(float), masks) == {"auroc": 1.0, "auroc_by_image": 1.0, "n": 2}
+    shifted = masks + np.array([0.0, 5.0, 9.0])[:, None, None]
+    found = detection.pixels(shifted, masks)
+    assert found["auroc_by_image"] == 1.0
+    assert found["auroc"] < 0.8, "one image glows as a whole: no one threshold serves both"
+
+
+# --------------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_rows_that_are_kept_are_not_computed_again(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (600, 1, 3, 3)).astype(np.uint8)
+    asked: list[int] = []
+    shift = 0.0
+
+    def compute(block: np.ndarray) -> dict[str, np.ndarray]:
+        asked.append(len(block))
+        return {"mean": block.mean(axis=(1, 2, 3)) + shift}
+
+    def kept(n: int) -> np.ndarray:
+        asked.clear()
+        return scored.kept(tmp_path / "a" / "x.safetensors", x[:n], compute, lambda done, total: None)["mean"]
+
+    first = kept(300)
+    assert asked == [256, 44]
+    np.testing.assert_array_equal(kept(300), first)
+    assert asked == [4], "a few, to see that they still are the same"
+    np.testing.assert_array_equal(kept(100), first[:100])
+    more = kept(600)
+    assert asked == [4, 256, 44]
+    np.testing.assert_array_equal(more, x.mean(axis=(1, 2, 3)))
+    shift = 50.0
+    np.testing.assert_array_equal(kept(300), first + 50)
+    assert asked == [4, 256, 44], "another model: begun anew"
+    (tmp_path / "a" / "x.safetensors").write_bytes(b"broken")
+    with pytest.raises(DataError, match="remove it"):
+        kept(3)
+
+
+# --------------------------------------------------------------------------------------------------- a whole evaluation
+
+
+class Two(Walk):
+    """The toy, with a second statistic."""
+
+    statistic_names = ("sum", "edge")
+
+    def evaluate(self, x: Any, labels: Any) -> Any:
+        found = super().evaluate(x, labels)
+        edge = (x[:, :, :, 1:] - x[:, :, :, :-1]).abs().flatten(1).sum(1)
+        return dataclasses.replace(found, statistics={**found.statistics, "edge": edge})
+
+
+class Family:
+    Model, Config = Two, Config
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two calibrated toys of digits and one without a calibration; a page with markers."""
+    folder, digits = tmp_path_factory.mktemp("zoo"), data.load("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "family", lambda name: Family)
+        _checkpoint.save(
+            folder / "bare", Two(Config(), digits.space), Config(), {"data": digits.description, "metrics": {}}
+        )
+        shutil.copytree(folder / "bare", folder / "one")
+        calibrate.run(folder / "one", None, None, Console(file=io.StringIO()))
+        shutil.copytree(folder / "one", folder / "two")
+    (folder / "page.md").write_text("# Page\n\n<!-- anomalies: begin -->\n<!-- anomalies: end -->\n")
+    return folder
+
+
+@pytest.fixture
+def zoo(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(models, "family", lambda name: Family)
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def evaluated(zoo: Path, *names: str, images: int = 40, more: tuple[str, ...] = ()) -> int:
+    given = [*(str(zoo / name) for name in names), "--anomalies", "--images", str(images)]
+    return command.main(["evaluate", *given, "--work", str(zoo / "work"), "--page", str(zoo / "page.md"), *more])
+
+
+@pytest.mark.slow
+def test_an_evaluation_writes_its_page_and_goes_on_from_what_it_kept(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluated(zoo, "one", "bare") == 0
+    assert "bare: left out: not calibrated" in capsys.readouterr().out
+    found = json.loads((zoo / "page.json").read_text(encoding="utf-8"))["digits"]
+    (one,) = found["scorers"].values()
+    sets = {"horizontal flip", "noise σ = 12", "block swapped", "constant"}
+    assert sets <= one["rows"][CALIBRATED].keys() == one["rows"][ONE_SIDED].keys() == found[COMPRESSED].keys()
+    assert one["rows"][ONE_SIDED]["inverted"]["auroc"] > 0.9, "the toy's −log p is the sum of the levels"
+    assert one["rows"][CALIBRATED]["constant"]["n"] == 40
+    assert {a["alpha"] for a in one["false_alarms"]} == {0.01, 0.05} or one["calibration_n"] < 99
+    assert (
+        one["groups"]["5"][TYPICALITY].keys()
+        == one["groups"]["10"][CALIBRATED].keys()
+        == one["rows"][CALIBRATED].keys()
+    )
+    assert "--anomalies --images 40" in one["command"]
+    page = (zoo / "page.md").read_text(encoding="utf-8")
+    assert page.startswith("# Page\n\n<!-- anomalies: begin -->\n## Normal: digits\n")
+    assert f"| one | **calibrated** | {one['rows'][CALIBRATED]['horizontal flip']['auroc']:.3f} |" in page
+
+    scores, asked = scored.scores, []
+    monkeypatch.setattr(scored, "scores", lambda model, x: asked.append(len(x)) or scores(model, x))
+    assert evaluated(zoo, "one") == 0
+    assert set(asked) == {scored.CHECKED}, "all was there"
+    again = json.loads((zoo / "page.json").read_text(encoding="utf-8"))["digits"]["scorers"]["one"]
+    assert again == one
+
+
+@pytest.mark.slow
+def test_several_checkpoints_are_one_ensemble_and_curves_are_drawn(zoo: Path) -> None:
+    assert evaluated(zoo, "one", "two", images=30, more=("--ensemble", "--pictures")) == 0
+    scorers = json.loads((zoo / "page.json").read_text(encoding="utf-8"))["digits"]["scorers"]
+    assert scorers.keys() == {"one", "two", "one + two"}
+    together = scorers["one + two"]
+    assert ONE_SIDED not in together["rows"]
+    assert {"one/nll_bits", "two/nll_bits", "complexity_bits"} <= set(together["statistics"])
+    assert not {"one/complexity_bits", "two/complexity_bits"} & set(together["statistics"])
+    assert together["versions"].keys() == {"one", "two"}
+    for name in ("one", "two", "one+two"):
+        picture = Image.open(zoo / "page" / f"roc-{name}.png")
+        assert len(picture.convert("L").getcolors() or []) > 2
+
+
+def test_what_cannot_be_measured_is_said_before_the_work(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluated(zoo, "bare") == 2
+    assert "none is calibrated" in capsys.readouterr().err
+    (zoo / "page.md").write_text("no markers")
+    assert evaluated(zoo, "one") == 2
+    assert "no lines '<!-- anomalies: begin -->'" in capsys.readouterr().err
+    assert not (zoo / "work").exists()
+    assert command.main(["evaluate", str(zoo / "one"), "--images", "3"]) == 2
+    assert "images: only with --anomalies" in capsys.readouterr().err
+
+
+def test_the_page_keeps_what_other_checkpoints_were_measured_to_do(tmp_path: Path) -> None:
+    results: anomaly_page.Results = {}
+    anomaly_page.add(results, "digits", {"a": 1}, "one", {"x": 1})
+    anomaly_page.add(results, "digits", {"a": 2}, "two", {"x": 2})
+    anomaly_page.add(results, "digits", {"a": 2}, "one", {"x": 3})
+    assert results == {"digits": {COMPRESSED: {"a": 2}, "scorers": {"one": {"x": 3}, "two": {"x": 2}}}}
+    assert detect.NORMAL == "test"

@@ -1,0 +1,177 @@
+"""The page of what detectors were measured to do: results as JSON, merged by checkpoint, and tables made from them.
+
+docs/anomalies.json     {data set: {"compressed size": …, "scorers": {checkpoint: what `detect.measured` gives}}}
+docs/anomalies.md       tables, between markers
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from models._checkpoint import write_file
+from training.compare import ROOT, between_markers
+from training.detect import CALIBRATED, COMPRESSED, ENSEMBLE, ONE_SIDED, TWO_SIDED, TYPICALITY
+from training.errors import RunError
+
+PAGE = ROOT / "docs" / "anomalies.md"
+MARKERS = "anomalies"
+NOTHING = "–"
+
+Results = dict[str, dict[str, Any]]
+Table = list[list[str]]
+
+
+def read(page: Path) -> Results:
+    """The results beside a page; none where there is no such file. Raises `RunError` for a file that is not JSON."""
+    path = page.with_suffix(".json")
+    try:
+        found: Results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        raise RunError(f"{path}: not JSON: {e}") from e
+    return found
+
+
+def write(page: Path, results: Results) -> list[Path]:
+    """Both files. Raises `RunError` for a page that is missing, or has no markers."""
+    text = between_markers(page, MARKERS, "\n".join(_sections(results)))
+    path = page.with_suffix(".json")
+    write_file(path, (json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+    write_file(page, text.encode())
+    return [page, path]
+
+
+def add(results: Results, data: str, compressed: Mapping[str, Any], name: str, measured: Mapping[str, Any]) -> None:
+    """Take the place of what was measured of that scorer before."""
+    entry = results.setdefault(data, {"scorers": {}})
+    entry[COMPRESSED] = dict(compressed)
+    entry["scorers"][name] = dict(measured)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def _sections(results: Results) -> Iterable[str]:
+    for data, entry in sorted(results.items()):
+        scorers = dict(sorted(entry["scorers"].items(), key=lambda item: (item[1]["family"] == ENSEMBLE, item[0])))
+        short = {name: " + ".join(part.removeprefix(f"{data}-") for part in name.split(" + ")) for name in scorers}
+        sets = list(dict.fromkeys(name for s in scorers.values() for name in s["rows"][CALIBRATED]))
+        yield f"## Normal: {data}\n"
+        yield from _what(scorers, short)
+        for title, metric, places in (
+            ("AUROC (higher is better)", "auroc", 3),
+            ("AUPRC (higher is better)", "auprc", 3),
+            ("FPR at 95 % TPR (lower is better)", "fpr95", 3),
+        ):
+            yield f"### {title}\n"
+            yield from _grid(entry, scorers, short, sets, lambda cell, m=metric, p=places: f"{cell[m]:.{p}f}")  # type: ignore[misc]
+        yield "### Share of the anomalies that are found at α = 0.01, with calibrated p-values (higher is better)\n"
+        yield from _table(["model", *sets], [[short[name], *_found(s, sets, "0.01")] for name, s in scorers.items()])
+        yield "### False alarms among normal test images\n"
+        yield from _alarms(scorers, short)
+        yield "### Groups of images that are all normal, or all anomalies: AUROC (higher is better)\n"
+        yield from _groups(scorers, short, sets)
+        if any("pixels" in s for s in scorers.values()):
+            yield "### Heat maps: AUROC of pixels, of all images together (mean over images) (higher is better)\n"
+            yield from _pixels(scorers, short)
+
+
+def _what(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[str]:
+    rows = []
+    for name, s in scorers.items():
+        rows.append(
+            [
+                short[name],
+                s["family"],
+                f"{s['images']:,}",
+                f"{s['calibration_n']:,}",
+                s["detector"],
+                ", ".join(s["statistics"]) if s["family"] != ENSEMBLE else "those of its members",
+                f"`{s['command']}`",
+            ]
+        )
+    return _table(["model", "family", "normal images", "calibration images", "detector", "statistics", "command"], rows)
+
+
+def _grid(
+    entry: Mapping[str, Any],
+    scorers: Mapping[str, Any],
+    short: Mapping[str, str],
+    sets: list[str],
+    shown: Callable[[Mapping[str, float]], str],
+) -> Iterable[str]:
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        return [shown(row[name]) if name in row else NOTHING for name in sets]
+
+    rows = [["no model", COMPRESSED, *cells(entry[COMPRESSED])]]
+    for name, s in scorers.items():
+        kinds = [kind for kind in (CALIBRATED, ONE_SIDED, TWO_SIDED) if kind in s["rows"]]
+        rows += [[short[name], f"**{k}**" if k == CALIBRATED else k, *cells(s["rows"][k])] for k in kinds]
+    return _table(["model", "score", *sets], rows)
+
+
+def _found(s: Mapping[str, Any], sets: list[str], alpha: str) -> list[str]:
+    shares = s["found"].get(alpha, {})
+    return [NOTHING if shares.get(name) is None else f"{shares[name]:.3f}" for name in sets]
+
+
+def _alarms(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[str]:
+    rows = []
+    for name, s in scorers.items():
+        for alarm in s["false_alarms"]:
+            beta, counted = (f"{low:.4f} … {high:.4f}" for low, high in (alarm["beta"], alarm["counted"]))
+            promised = NOTHING if alarm["confidence"] is None else f"{alarm['confidence']:g}"
+            realised = f"{alarm['rate']:.4f}"
+            if alarm["confidence"] is None:
+                kept = "yes" if alarm["counted"][0] <= alarm["rate"] <= alarm["counted"][1] else "**no**"
+            else:
+                kept = "yes" if alarm["rate"] <= alarm["alpha"] else "**no**"
+            rows.append(
+                [short[name], f"{alarm['alpha']:g}", promised, realised, beta, counted, kept, f"{alarm['n']:,}"]
+            )
+    head = [
+        "model",
+        "α",
+        "confidence",
+        "realised",
+        "95 % by the Beta law",
+        "and among so many images",
+        "kept",
+        "images",
+    ]
+    return _table(head, rows)
+
+
+def _groups(scorers: Mapping[str, Any], short: Mapping[str, str], sets: list[str]) -> Iterable[str]:
+    rows = [
+        [short[name], size, kind, *(f"{row[key]['auroc']:.3f}" if key in row else NOTHING for key in sets)]
+        for name, s in scorers.items()
+        for size, kinds in s["groups"].items()
+        for kind, row in sorted(kinds.items(), key=lambda item: item[0] == TYPICALITY)
+    ]
+    return _table(["model", "images", "score", *sets], rows)
+
+
+def _pixels(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[str]:
+    measured = {name: s["pixels"] for name, s in scorers.items() if "pixels" in s}
+    sets = list(dict.fromkeys(key for found in measured.values() for key in found["sets"]))
+    rows = []
+    for name, found in measured.items():
+        cells = [
+            f"{cell['auroc']:.3f} ({cell['auroc_by_image']:.3f})" if (cell := found["sets"].get(key)) else NOTHING
+            for key in sets
+        ]
+        rows.append([short[name], *cells, f"{found['images']:,}", f"{found['lit']:.4f}"])
+    return _table(["model", *sets, "images of each", "normal images with any pixel above the mask's threshold"], rows)
+
+
+def _table(head: list[str], rows: Table) -> Iterable[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+    yield ""

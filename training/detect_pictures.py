@@ -1,0 +1,43 @@
+"""ROC curves as a picture: a panel for each set of anomalies, a line for each score."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from training.detection import Floats, roc, separation
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; and lines that differ without colour, too.
+STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"))
+COLUMNS, PANEL, DPI = 4, 2.6, 120  # inches a panel
+
+
+def curves(title: str, rows: Mapping[str, Mapping[str, Floats]], normal: str) -> bytes:
+    """A PNG. rows: by score and by set of images; `normal` is the set that all others are held against."""
+    sets = [name for name in next(iter(rows.values())) if name != normal]
+    high = -(-len(sets) // COLUMNS)
+    figure = Figure(figsize=(COLUMNS * PANEL, high * PANEL + 0.8), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(high, COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, name in zip(panels, sets, strict=False):
+        axes.plot([0, 1], [0, 1], color="#cccccc", linewidth=0.8)
+        told = []
+        for (row, scores), (colour, line) in zip(rows.items(), STYLES, strict=False):
+            axes.plot(*roc(scores[normal], scores[name]), color=colour, linestyle=line, linewidth=1.4, label=row)
+            told.append(f"{separation(scores[normal], scores[name])['auroc']:.3f}")
+        axes.set_title(f"{name}\n{' · '.join(told)}", fontsize=8)
+        axes.set_aspect("equal")
+        axes.tick_params(labelsize=7)
+    for axes in panels[len(sets) :]:
+        axes.set_axis_off()
+    figure.supxlabel("false alarms among normal images", fontsize=9)
+    figure.supylabel("anomalies found", fontsize=9)
+    figure.suptitle(f"{title}: ROC curves; above each the AUROC of every score, in the legend's order", fontsize=9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), fontsize=8, frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})  # the same bytes whatever the version
+    return out.getvalue()
