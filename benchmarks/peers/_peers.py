@@ -23,8 +23,11 @@ ALWAYS = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
     "BENTOML_DO_NOT_TRACK": "True",
-    "RAY_AUTH_MODE": "disabled",  # for a cluster of one machine, that only the loopback reaches
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # a cluster of one machine,
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # by the loopback alone: its name is of the systems where that is usual
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a machine that others keep busy starts slowly
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 
 

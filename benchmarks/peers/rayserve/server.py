@@ -51,13 +51,7 @@ def main() -> None:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    ray.init(
-        num_cpus=WORKERS + 1,
-        include_dashboard=False,
-        object_store_memory=10**8,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
+    ray.init(num_cpus=WORKERS + 1, include_dashboard=False, object_store_memory=10**8, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["PEER_PORT"])})
     serve.run(Drawing.bind(), route_prefix="/generate")
     ended.wait()
