@@ -23,17 +23,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models import _ode, _random
+from models import _denoising, _ode, _random
 from models._diffusion import column
 from models._nn import UNet
 from models._ode import Trajectory
-from models._protocol import Density, Draw, ImageSpace, Likelihood, Model, Range, Rows, Score, Spec, Steps
+from models._protocol import (
+    Denoiser,
+    Density,
+    Draw,
+    ImageSpace,
+    Likelihood,
+    Localiser,
+    Model,
+    Range,
+    Rows,
+    Score,
+    Spec,
+    Steps,
+)
 from models._solvers import RK4
 
 CONVERGED = 0.02  # bits/dim that half the steps may change a likelihood by
 HALF_BIN = 1 / 255  # of an 8-bit level on the scale [−1, 1]
 LAST_NOISE = 0.6 * HALF_BIN  # at s = 1: less would lose pixels that no model is sure of, more those that it is sure of
-DEQUANTISATION, PROBE = 0, 1  # draws of a score's noise
+DEQUANTISATION, PROBE, NOISE = 0, 1, 2  # draws of a score's noise: of dequantisation, of traces, of what is denoised
 MAX_GUIDANCE = 10.0
 
 
@@ -117,6 +130,8 @@ class LikelihoodRows(Rows):
 
     seed: Tensor  # (B,) of the image's bytes
     label: Tensor  # (B,)
+    image: Tensor  # (B, C, H, W) in [−1, 1]
+    errors: Tensor  # (B, P, 4) of the image denoised, see `models._denoising`
     data: Tensor  # (B, C, H, W) z, where the way begins
     x: Tensor  # (B, C, H, W) where it has come to
     log_q: Tensor  # (B,) float64 nats of z given the image
@@ -125,7 +140,7 @@ class LikelihoodRows(Rows):
     coarse: Tensor  # (B,) float64 log-probability in half the steps, nan while it is on its way
 
 
-class Flow(Model, Density):
+class Flow(Model, Density, Denoiser, Localiser):
     """A model whose samples follow dx/ds. A family gives the field, its ends and the objective.
 
     A score takes `score_steps` steps of RK4 after half as many to compare with. The probes are drawn anew in every step
@@ -161,6 +176,8 @@ class Flow(Model, Density):
             classes=space.classes,
             dropout=config.dropout,
         )
+        self.denoising = _denoising.Probes(space.classes)
+        score_ticks = self.score_steps // 2 + self.score_steps
         trace = f"trace by {config.probes} Hutchinson probes a step" if config.probes else "exact trace"
         self.spec = Spec(
             family=family,
@@ -173,8 +190,10 @@ class Flow(Model, Density):
                 kind="estimate",
                 dequantisation="truncated normal K=1",
                 note=f"ODE in {self.score_steps} steps of RK4 beside {self.score_steps // 2}; {trace}",
-                steps=self.score_steps // 2 + self.score_steps,
-                network_evaluations_per_step=len(RK4.nodes) * (1 + (config.probes or space.dims)),
+                steps=score_ticks,
+                network_evaluations_per_step=len(RK4.nodes) * (1 + (config.probes or space.dims))
+                + _denoising.per_tick(self.denoising, score_ticks),
+                heatmap_evaluations=len(_denoising.MAP_SIGMAS),
             ),
             guidance_scale=Range(0.0, config.guidance_scale, MAX_GUIDANCE) if space.labels else None,
         )
@@ -232,6 +251,8 @@ class Flow(Model, Density):
             left=torch.full_like(seed, self.score_steps // 2 + self.score_steps),
             seed=seed,
             label=labels,
+            image=2 * x - 1,
+            errors=self.denoising.begin(x),
             data=z,
             x=z,
             log_q=log_q,
@@ -241,6 +262,9 @@ class Flow(Model, Density):
         )
 
     def score_step(self, rows: LikelihoodRows) -> LikelihoodRows:
+        each = _denoising.per_tick(self.denoising, self.score_steps // 2 + self.score_steps)
+        image = rows.image, rows.seed, rows.label
+        rows.errors = _denoising.probe(self.denoising, self.denoised, rows.errors, rows.tick, each, image, NOISE)
         half = self.score_steps // 2
         coarse = rows.tick < half
         at = torch.where(coarse, rows.tick, rows.tick - half)
@@ -280,7 +304,8 @@ class Flow(Model, Density):
         """`converged` where half the steps change the result by at most `CONVERGED` bits/dim, and it is possible at
         all: no probability of an 8-bit image exceeds one. `stderr` is that of the probes.
 
-        Statistics: `coarse_log_prob`, the result in half the steps; `log_prior` and `log_det`, the parts of log p(z).
+        Statistics: `coarse_log_prob`, the result in half the steps; `log_prior` and `log_det`, the parts of log p(z);
+        and those of `models._denoising`.
         """
         result = self._log_prob(rows.x, rows.log_det, rows.log_q)
         allowed = CONVERGED * self.spec.image.dims * math.log(2)
@@ -291,9 +316,13 @@ class Flow(Model, Density):
                 "coarse_log_prob": rows.coarse.float(),
                 "log_prior": self._log_prior(rows.x).float(),
                 "log_det": rows.log_det.float(),
+                **self.denoising.statistics(rows.errors, self.spec.image.dims),
             },
             converged=((result - rows.coarse).abs() <= allowed) & (result <= 0),
         )
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        return _denoising.surprise(self.denoised, x, labels)
 
 
 def _weighted(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from models._protocol import (
     Draw,
     ImageSpace,
     Likelihood,
+    Localiser,
     OnePassDensity,
     Range,
     Rows,
@@ -108,7 +109,7 @@ class FlowRows(Rows):
     x: Tensor  # (B, C, H, W)
 
 
-class FlowModel(_protocol.Model, OnePassDensity):
+class FlowModel(_protocol.Model, OnePassDensity, Localiser):
     """A flow. Images are sampled, and scored, in one pass. It knows the labels of `space` where its `flow` has maps.
 
     label_dropout: share of the images that are learnt without their label, for p(x) beside p(x | label).
@@ -140,6 +141,7 @@ class FlowModel(_protocol.Model, OnePassDensity):
                 kind="bound",
                 dequantisation="uniform K=1",
                 note="exact density of the dequantised image; on average its logarithm is a lower bound",
+                heatmap_evaluations=1,
             ),
             temperature=Range(min=0.0, default=temperature, max=MAX_TEMPERATURE),
         )
@@ -225,15 +227,32 @@ class FlowModel(_protocol.Model, OnePassDensity):
     # density
 
     def evaluate(self, x: Tensor, labels: Tensor) -> Score:
-        seed = _random.image_seed(x)
-        noise = _random.uniform(seed, torch.zeros_like(seed), 0, 0, x.shape[1:])
-        z, log_det = self.encode(dequantise(x, noise), labels)
+        z, log_det = self.encode(_dequantised(x), labels)
         log_p_z = self.prior.log_prob(z)
         statistics = {"log_p_z": log_p_z, "log_det": log_det}
         for i, latent in enumerate(z):
             statistics[f"energy_{i}"] = 0.5 * latent.square().mean(dim=(1, 2, 3))
             statistics[f"autocorrelation_{i}"] = neighbour_correlation(latent)
         return Score(log_prob=discrete_log_prob(log_p_z + log_det, self.spec.image.dims), statistics=statistics)
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        """Σ ½ z² of the latents at the pixel's place, of every scale; those of a coarse one are shared evenly by the
+        pixels that they stand for.
+
+        Without the gradient ∂ log p/∂x: where grey levels pass a logit, it is large at every black pixel."""
+        z, _ = self.encode(_dequantised(x), labels)
+        total = torch.zeros_like(x[:, :1])
+        for latent in z:
+            energy = 0.5 * latent.square().sum(dim=1, keepdim=True)  # (B, 1, H / 2^i, W / 2^i)
+            share = energy[0].numel() / total[0].numel()
+            total = total + share * F.interpolate(energy, size=x.shape[2:], mode="nearest")
+        return total[:, 0]
+
+
+def _dequantised(x: Tensor) -> Tensor:
+    """y, with noise that is a function of the image's bytes."""
+    seed = _random.image_seed(x)
+    return dequantise(x, _random.uniform(seed, torch.zeros_like(seed), 0, 0, x.shape[1:]))
 
 
 def neighbour_correlation(z: Tensor) -> Tensor:

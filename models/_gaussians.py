@@ -63,6 +63,11 @@ class Gaussians(abc.ABC):
     def mahalanobis(self, y: Tensor) -> Tensor:
         """(B, K) squared distances (y − μ)ᵀ Σ⁻¹ (y − μ)."""
 
+    @abc.abstractmethod
+    def residuals(self, y: Tensor) -> Tensor:
+        """(B, K, D) squares of (y_i − E[y_i | all other pixels]) over the standard deviation that y_i has then: with
+        P = Σ⁻¹, (P (y − μ))_i² / P_ii (Rasmussen and Williams 2006, eq. 5.12)."""
+
     @property
     @abc.abstractmethod
     def log_det(self) -> Tensor:
@@ -132,6 +137,10 @@ class Full(Gaussians):
 
     def mahalanobis(self, y: Tensor) -> Tensor:
         return self._white(y).square().sum(dim=2)
+
+    def residuals(self, y: Tensor) -> Tensor:
+        precise = torch.einsum("kij,bki->bkj", self.A, self._white(y))
+        return precise.square() / self.A.square().sum(dim=1)
 
     def terms(self, y: Tensor) -> Tensor:
         """(B, K, D) nats: E_u log N(k_i + u_i | those before), whose sum over i is `log_density`."""
@@ -236,6 +245,11 @@ class LowRank(Gaussians):
     def mahalanobis(self, y: Tensor) -> Tensor:
         by_pixel = weighted_squares(y, self.mean, 1 / self.psi)
         return by_pixel - self._apply(self._whitened, y).square().sum(dim=2)
+
+    def residuals(self, y: Tensor) -> Tensor:
+        H = self._whitened
+        precise = (y[:, None] - self.mean) / self.psi - torch.einsum("bkq,kqd->bkd", self._apply(H, y), H)
+        return precise.square() / (1 / self.psi - H.square().sum(dim=1))
 
     @property
     def log_det(self) -> Tensor:

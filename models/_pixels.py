@@ -6,6 +6,8 @@ itself draws, surprises have mean zero and are uncorrelated. Statistics of it, w
 
     entropy            nats, Σ_i entropy of p(x_i | x_<i): the −log_prob to be expected
     worst_tile         nats, largest surprise of a tile of TILE × TILE pixels
+    least_tile         nats, smallest: where an image says less than it should, as a blurred one does
+    surprise_square    nats², mean square of a pixel's surprise
     autocorrelation    nats², mean product of a pixel's surprise with its right and lower neighbour's
 """
 
@@ -19,7 +21,7 @@ from models._protocol import Score
 
 NOT_YET = 0.5  # what a preview shows where no pixel has been drawn
 TILE = 4
-STATISTICS = ("entropy", "worst_tile", "autocorrelation")
+STATISTICS = ("entropy", "worst_tile", "least_tile", "surprise_square", "autocorrelation")
 
 
 def picture(levels: Tensor, drawn: Tensor, shape: tuple[int, int, int], count: int) -> Tensor:
@@ -32,16 +34,24 @@ def picture(levels: Tensor, drawn: Tensor, shape: tuple[int, int, int], count: i
 
 def score(log_prob: Tensor, entropy: Tensor) -> Score:
     """Of log p(x_i | x_<i) and the entropy of p(· | x_<i), both (B, H, W) nats."""
-    surprise = -log_prob - entropy
+    surprises = surprise(log_prob, entropy)
+    by_tile = tiles(surprises, TILE)
     return Score(
         log_prob=log_prob.sum(dim=(1, 2)),
         per_pixel=log_prob,
         statistics={
             "entropy": entropy.sum(dim=(1, 2)),
-            "worst_tile": tiles(surprise, TILE).amax(dim=(1, 2)),
-            "autocorrelation": neighbour_product(surprise),
+            "worst_tile": by_tile.amax(dim=(1, 2)),
+            "least_tile": by_tile.amin(dim=(1, 2)),
+            "surprise_square": surprises.square().mean(dim=(1, 2)),
+            "autocorrelation": neighbour_product(surprises),
         },
     )
+
+
+def surprise(log_prob: Tensor, entropy: Tensor) -> Tensor:
+    """(B, H, W) nats of log p(x_i | x_<i) and the entropy of p(· | x_<i)."""
+    return -log_prob - entropy
 
 
 def terms(logits: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

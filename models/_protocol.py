@@ -3,6 +3,7 @@
     Draw        what one image of a request asks for          Rows      a batch of independent chains, one per row
     Sampler     init(draws) -> Rows, step(rows) -> Rows, image(rows)
     Density     score_init(x, labels) -> Rows, score_step(rows) -> Rows, score(rows) -> Score
+    Localiser   surprise(x, labels): where in an image a density is surprised
     Trainable   prepare(batches), groups(), objective(batch) -> yields (group, loss), conclude(batches)
     Denoiser    denoised(x, sigma, labels, guidance): what a student learns from
     Autoencoder reconstruct(x, labels): what its codes keep of an image
@@ -94,6 +95,7 @@ class Likelihood:
     note: str = ""  # e.g. the S of an importance-weighted bound
     steps: int = 1  # ticks that one image's score takes
     network_evaluations_per_step: int = 1  # of a tick; a product with the network's Jacobian counts as one
+    heatmap_evaluations: int = 0  # of the network, for a heat map; 0: the family is no `Localiser`
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,14 @@ class Spec:
             conditioning = {"captions": True}
         likelihood: JSON = None
         if self.likelihood is not None:
-            each = self.likelihood.network_evaluations_per_step
+            each, heatmap = self.likelihood.network_evaluations_per_step, self.likelihood.heatmap_evaluations
             likelihood = {
                 "kind": self.likelihood.kind,
                 "dequantisation": self.likelihood.dequantisation,
                 "note": self.likelihood.note,
                 "steps": self.likelihood.steps,
                 **({"network_evaluations_per_step": each} if each > 1 else {}),
+                **({"heatmap_evaluations": heatmap} if heatmap else {}),
             }
         return {
             "family": self.family,
@@ -342,6 +345,41 @@ class OnePassDensity(Density):
             per_pixel=rows.per_pixel if self.has_pixel_terms else None,
             statistics=dict(zip(self.statistic_names, statistics, strict=True)),
         )
+
+
+@dataclass
+class MapRows(Rows):
+    """Rows of heat maps: one pass each."""
+
+    x: Tensor  # (B, C, H, W)
+    labels: Tensor  # (B,)
+    surprise: Tensor  # (B, H, W)
+
+
+class Localiser(abc.ABC):
+    """A Density that also says where in an image it is surprised: what a heat map shows.
+
+    A family writes `surprise` alone. Apart from the score, since it costs a pass of its own and few ask for it.
+    """
+
+    @abc.abstractmethod
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        """(B, H, W) float32 of images x (B, C, H, W) and labels (B,): the higher, the more unexpected is the pixel.
+
+        Its unit is the family's own: heat maps compare it with that of normal images (`anomaly.heatmaps`). What is to
+        be expected of a pixel, given what else the model knows, is best subtracted: an edge is no surprise merely
+        because nobody could have said where exactly it lies. Deterministic, row by row, like a score.
+        """
+
+    def map_init(self, x: Tensor, labels: Tensor) -> MapRows:
+        """Rows at tick 0, one tick from their end, for images and labels as `Density.score_init` takes them."""
+        none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return MapRows(none, none + 1, x, labels, x.new_zeros(len(x), *x.shape[2:]))
+
+    def map_step(self, rows: MapRows) -> MapRows:
+        rows.surprise = self.surprise(rows.x, rows.labels)
+        rows.tick, rows.left = rows.tick + 1, rows.left - 1
+        return rows
 
 
 def unlabelled(x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import _mixtures, _protocol, _random, _trees
+from models._pixels import TILE, tiles
 from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Rows, Score, Spec, Steps
 from models._trees import Tree
 
@@ -63,7 +64,7 @@ class NetworkRows(Rows):
     x: Tensor  # (B, C, H, W)
 
 
-class Model(_protocol.Model, OnePassDensity):
+class Model(_protocol.Model, OnePassDensity, _protocol.Localiser):
     """A Bayesian network. Learnt in `prepare`; sampled, and scored exactly, in one pass.
 
     A sample is drawn layer by layer of the tree, but in one step: a layer is a look into tables, less work than joining
@@ -72,6 +73,8 @@ class Model(_protocol.Model, OnePassDensity):
     Statistics of a score:
 
         entropy         nats, Σ_i entropy of p(x_i | b_parent(i), y), averaged over p(y | x): -log_prob, as expected
+        worst_pixel     nats, largest surprise of a pixel, −log p(x_i | b_parent(i), y) less its entropy, averaged alike
+        worst_tile      nats, largest sum of surprises in a tile of TILE × TILE pixels
         class_entropy   by class: nats, of p(y | x)
 
     The terms of pixels are log p(x_i | those before), in the order of the tree's layers.
@@ -95,10 +98,16 @@ class Model(_protocol.Model, OnePassDensity):
                 kind="exact",
                 dequantisation="none",
                 note="" if config.levels == 256 else f"of the image rounded to {config.levels} levels",
+                heatmap_evaluations=1,
             ),
             temperature=Range(min=0.1, default=1.0, max=2.0),
         )
-        self.statistic_names = ("entropy", "class_entropy") if config.by_class else ("entropy",)
+        self.statistic_names = (
+            "entropy",
+            "worst_pixel",
+            "worst_tile",
+            *(("class_entropy",) if config.by_class else ()),
+        )
         classes, dims, k = max(1, len(kept)), space.dims, config.bins
         self.register_buffer("bin_of", torch.arange(config.levels) * k // config.levels)
         self.register_buffer("parent", torch.arange(dims) - 1 if config.tree else torch.full((dims,), -1))
@@ -235,15 +244,17 @@ class Model(_protocol.Model, OnePassDensity):
     # density
 
     def evaluate(self, x: Tensor, labels: Tensor) -> Score:
-        levels, tree, within, prior = self._levels(x), self.tree, self.within, self.class_prior(labels)
-        bins, pixel = self.bin_of[levels], torch.arange(levels.shape[1], device=x.device)
-        each = tree.terms(bins) + within[pixel, levels][:, None]  # (B, C, D)
+        tree, prior = self.tree, self.class_prior(labels)
+        each, entropies = self._nodes(x)
         order = torch.cat(tree.layers)
         terms = torch.empty_like(each[:, 0])
         terms[:, order] = _mixtures.chain_rule(prior, each[:, :, order])
         posterior = (prior + each.sum(dim=2)).softmax(dim=1)
+        surprise = self._by_pixel(posterior, -each - entropies)
         statistics = {
-            "entropy": (posterior * tree.by_parent(self._entropies(tree, within), bins).sum(dim=2)).sum(dim=1),
+            "entropy": (posterior * entropies.sum(dim=2)).sum(dim=1),
+            "worst_pixel": surprise.amax(dim=(1, 2)),
+            "worst_tile": tiles(surprise, TILE).amax(dim=(1, 2)),
             "class_entropy": torch.special.entr(posterior).sum(dim=1),
         }
         return Score(
@@ -251,6 +262,24 @@ class Model(_protocol.Model, OnePassDensity):
             per_pixel=terms.view(x.shape).sum(dim=1).float(),
             statistics={name: statistics[name].float() for name in self.statistic_names},
         )
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        """−log p(x_i | parent) − entropy of p(· | parent), nats, in the mean over classes by their posterior."""
+        each, entropies = self._nodes(x)
+        posterior = (self.class_prior(labels) + each.sum(dim=2)).softmax(dim=1)
+        return self._by_pixel(posterior, -each - entropies).float()
+
+    def _nodes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, D) nats each: log p(x_i | b_parent(i), y) of every pixel and class, and the entropy of that."""
+        levels, tree, within = self._levels(x), self.tree, self.within
+        bins, pixel = self.bin_of[levels], torch.arange(levels.shape[1], device=x.device)
+        each = tree.terms(bins) + within[pixel, levels][:, None]
+        return each, tree.by_parent(self._entropies(tree, within), bins)
+
+    def _by_pixel(self, posterior: Tensor, values: Tensor) -> Tensor:
+        """(B, H, W): of values (B, C, D) the mean over classes (B, C), summed over channels."""
+        c, h, w = self.spec.image.shape
+        return torch.einsum("bc,bcd->bd", posterior, values).view(-1, c, h, w).sum(dim=1)
 
     def _entropies(self, tree: Tree, within: Tensor) -> Tensor:
         """(C, D, P) entropy of a pixel's level given its parent's bin, nats."""

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import _random, _solvers
+from models import _denoising, _random, _solvers
 from models._diffusion import (
     PREDICTIONS,
     SCHEDULES,
@@ -47,7 +47,20 @@ from models._diffusion import (
     x0_from,
 )
 from models._nn import UNet, guided
-from models._protocol import Batch, Denoiser, Density, Draw, ImageSpace, Likelihood, Range, Rows, Score, Spec, Steps
+from models._protocol import (
+    Batch,
+    Denoiser,
+    Density,
+    Draw,
+    ImageSpace,
+    Likelihood,
+    Localiser,
+    Range,
+    Rows,
+    Score,
+    Spec,
+    Steps,
+)
 from models._protocol import Model as BaseModel
 
 MIN_ERROR = 0.01  # least r as a part of the greatest: to the 8-bit grid a tenth of the last noise is a point mass
@@ -115,7 +128,7 @@ class DDPMRows(_solvers.Chain):
 
 @dataclass
 class BoundRows(Rows):
-    """Images whose bound is being summed: L₀ at tick 0, then one term at each tick."""
+    """Images whose bound is being summed: L₀ at tick 0, then one term at each tick; after them one probe at each."""
 
     seed: Tensor  # (B,) of the image's bytes
     x0: Tensor  # (B, C, H, W) in [−1, 1]
@@ -126,9 +139,10 @@ class BoundRows(Rows):
     latest: Tensor  # (B, 2) the latest two terms, each over the probability of its choice; nan before there are any
     bends: Tensor  # (B,) sum of the squared second differences of such terms
     denoising_error: Tensor  # (B,) so far
+    errors: Tensor  # (B, probes, 4), see `models._denoising`
 
 
-class Model(BaseModel, Density, Denoiser):
+class Model(BaseModel, Density, Denoiser, Localiser):
     """U-Net, forward process, objective, samplers and bound."""
 
     alpha: Tensor  # (T + 1,) each, by t = 0 … T
@@ -155,6 +169,7 @@ class Model(BaseModel, Density, Denoiser):
             dropout=config.dropout,
         )
         self._lay_schedule()
+        self.probes = _denoising.Probes(space.classes)
         self.spec = Spec(
             family="ddpm",
             image=space,
@@ -164,7 +179,8 @@ class Model(BaseModel, Density, Denoiser):
                 kind="bound",
                 dequantisation="none",
                 note=f"variational bound, {config.bound_steps} of its {config.timesteps} terms sampled without bias",
-                steps=config.bound_steps,
+                steps=config.bound_steps + self.probes.count,
+                heatmap_evaluations=len(_denoising.MAP_SIGMAS),
             ),
             guidance_scale=Range(0.0, config.guidance_scale, MAX_GUIDANCE) if space.labels else None,
             prediction=config.prediction,  # type: ignore[arg-type]
@@ -286,7 +302,7 @@ class Model(BaseModel, Density, Denoiser):
         nothing = x0.new_zeros(b)
         return BoundRows(
             tick=torch.zeros_like(seed),
-            left=torch.full_like(seed, self.config.bound_steps),
+            left=torch.full_like(seed, self.config.bound_steps + self.probes.count),
             seed=seed,
             x0=x0,
             label=labels,
@@ -296,15 +312,32 @@ class Model(BaseModel, Density, Denoiser):
             latest=x0.new_full((b, 2), math.nan),
             bends=nothing.clone(),
             denoising_error=nothing.clone(),
+            errors=self.probes.begin(x),
         )
 
     def score_step(self, rows: BoundRows) -> BoundRows:
-        t = rows.timesteps.gather(1, rows.tick[:, None])[:, 0]
-        noise = _random.normal(rows.seed, torch.zeros_like(rows.seed), t, BOUND_NOISE, rows.x0.shape[1:])
-        alpha, sigma = column(self.alpha[t]), column(self.sigma[t])
+        terms, last = self.config.bound_steps, self.config.timesteps
+        bound = rows.tick < terms  # else a probe
+        t = rows.timesteps.gather(1, rows.tick.clamp(max=terms - 1)[:, None])[:, 0]
+        asked = self.probes.at(rows.tick - terms, rows.label)
+        shrunk = (1 + asked.sigma.square()).rsqrt()
+        alpha = column(torch.where(bound, self.alpha[t], shrunk))
+        sigma = column(torch.where(bound, self.sigma[t], shrunk * asked.sigma))
+        time = torch.where(bound, t / last, self._time(asked.sigma))
+        which = torch.where(bound, t, last + 1 + asked.which)
+        noise = _random.normal(rows.seed, torch.zeros_like(rows.seed), which, BOUND_NOISE, rows.x0.shape[1:])
+        noise = noise * column(torch.where(bound, 1.0, asked.noise / asked.sigma))
         x = alpha * rows.x0 + sigma * noise
-        out = self._evaluate(x, t / self.config.timesteps, rows.label)
+        out = self._evaluate(x, time, torch.where(bound, rows.label, asked.label))
         x0 = self._x0(out[:, : self.channels], x, alpha, sigma)
+        rows.errors = self.probes.note(rows.errors, rows.tick - terms, x0 - rows.x0)
+        self._add_term(rows, bound, t, out, x0)
+        rows.tick, rows.left = rows.tick + 1, rows.left - 1
+        return rows
+
+    def _add_term(self, rows: BoundRows, bound: Tensor, t: Tensor, out: Tensor, x0: Tensor) -> None:
+        """Of the rows that are at a term of the bound (B,) bool, from what the network gave out at t."""
+        alpha, sigma = column(self.alpha[t]), column(self.sigma[t])
         error = self._error(out, t)
         first = t == 1
         nats = torch.where(
@@ -316,14 +349,14 @@ class Model(BaseModel, Density, Denoiser):
         total = nats.sum(dim=(1, 2))
         noisier = self.alpha < self.sigma
         mse = (rows.x0 - x0).square().mean(dim=(1, 2, 3)) / (self.chosen[t] * noisier.sum())
-        rows.per_pixel = rows.per_pixel + nats
-        rows.reconstruction = torch.where(first, total, rows.reconstruction)
+        rows.per_pixel = torch.where(bound[:, None, None], rows.per_pixel + nats, rows.per_pixel)
+        rows.reconstruction = torch.where(first & bound, total, rows.reconstruction)
         one_ago, two_ago = rows.latest.unbind(dim=1)
-        rows.bends = rows.bends + (total - 2 * one_ago + two_ago).square().nan_to_num(0.0)
-        rows.latest = torch.stack([torch.where(first, math.nan, total), one_ago], dim=1)
-        rows.denoising_error = rows.denoising_error + torch.where(noisier[t], mse, 0.0)
-        rows.tick, rows.left = rows.tick + 1, rows.left - 1
-        return rows
+        bend = (total - 2 * one_ago + two_ago).square().nan_to_num(0.0)
+        rows.bends = torch.where(bound, rows.bends + bend, rows.bends)
+        latest = torch.stack([torch.where(first, math.nan, total), one_ago], dim=1)
+        rows.latest = torch.where(bound[:, None], latest, rows.latest)
+        rows.denoising_error = rows.denoising_error + torch.where(bound & noisier[t], mse, 0.0)
 
     def _error(self, out: Tensor, t: Tensor) -> Tensor:
         """r (B, C, H, W)."""
@@ -338,15 +371,22 @@ class Model(BaseModel, Density, Denoiser):
         differences of the terms, which leave out that they fall with t.
 
         Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean squared error of x̂₀ on the scale [−1, 1]
-        over the timesteps that have more noise than signal.
+        over the timesteps that have more noise than signal; and those of `models._denoising`.
         """
         terms = self.config.bound_steps - 1
         return Score(
             log_prob=-rows.per_pixel.sum(dim=(1, 2)),
             stderr=(rows.bends * terms / (6 * (terms - 2))).sqrt(),
             per_pixel=-rows.per_pixel,
-            statistics={"reconstruction": rows.reconstruction, "denoising_error": rows.denoising_error},
+            statistics={
+                "reconstruction": rows.reconstruction,
+                "denoising_error": rows.denoising_error,
+                **self.probes.statistics(rows.errors, self.spec.image.dims),
+            },
         )
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        return _denoising.surprise(self.denoised, x, labels)
 
 
 def term(kappa: Tensor, e2: Tensor, r: Tensor) -> Tensor:

@@ -113,19 +113,20 @@ class LangevinRows(Rows):
     x: Tensor  # (B, C, H, W) in [−1, 1]
 
 
-class Model(_protocol.Model, OnePassDensity):
+class Model(_protocol.Model, OnePassDensity, _protocol.Localiser):
     """The energy, its chains and its learning.
 
     Metrics of training that tell whether it is stable: `energy_gap` (of chains over data; near 0 where they are alike),
     `energy_std` (of the data's), `gradient_norm` (of the energy by the image at the chains), `restarts` (part of the
     chains that began anew).
 
-    Statistic of a score:
+    Statistics of a score:
 
         gradient_norm    of the energy by the image: small where the energy is at rest, as at a mode
+        class_entropy    nats, of p(y | x), where there are labels
+        class_spread     standard deviation of E(x, y) over the labels y, where there are some
     """
 
-    statistic_names = ("gradient_norm",)
     normalised = False
     training_only = ("replay",)
 
@@ -147,8 +148,10 @@ class Model(_protocol.Model, OnePassDensity):
                 kind="unnormalised",
                 dequantisation="none",
                 note="the energy E itself, whose zero and unit are arbitrary",
+                heatmap_evaluations=2,  # forwards and backwards
             ),
         )
+        self.statistic_names = ("gradient_norm", *(("class_entropy", "class_spread") if space.labels else ()))
         self.network = Network(config, space)
         rank = min(config.rank, space.dims)
         self.register_buffer("mean", torch.zeros(self.conditions, space.dims))
@@ -279,9 +282,20 @@ class Model(_protocol.Model, OnePassDensity):
 
     def evaluate(self, x: Tensor, labels: Tensor) -> Score:
         """The energy; without a label, of the image alone."""
-        x, labels = 2 * x - 1, labels if self.spec.image.classes else torch.zeros_like(labels)
-        norm = self.gradient(x, labels).flatten(1).norm(dim=1)
-        return Score(log_prob=None, energy=self.energy(x, labels), statistics={"gradient_norm": norm})
+        x, labels = 2 * x - 1, self._given(labels)
+        f = self.network(x)
+        statistics = {"gradient_norm": self.gradient(x, labels).flatten(1).norm(dim=1)}
+        if self.spec.image.labels:
+            statistics["class_entropy"] = torch.special.entr((f / self.config.softness).softmax(dim=1)).sum(dim=1)
+            statistics["class_spread"] = f.std(dim=1, unbiased=False)
+        return Score(log_prob=None, energy=self._energy(f, labels), statistics=statistics)
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        """|∂E/∂x|, summed over channels."""
+        return self.gradient(2 * x - 1, self._given(labels)).abs().sum(dim=1)
+
+    def _given(self, labels: Tensor) -> Tensor:
+        return labels if self.spec.image.classes else torch.zeros_like(labels)
 
 
 def _to_bytes(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from models._assignment import least_cost_pairs
 from models._continuous_flow import HALF_BIN, LAST_NOISE, Flow, views
 from models._diffusion import column, stratified
 from models._nn import guided
-from models._protocol import Batch, Denoiser, ImageSpace
+from models._protocol import Batch, ImageSpace
 
 COUPLINGS = ("independent", "optimal transport")
 SOLVERS = ("midpoint", "euler", "heun", "rk4", "bogacki-shampine")
@@ -48,7 +48,7 @@ class Config(_continuous_flow.Config):
     coupling: str = "independent"  # or "optimal transport"
 
 
-class Model(Flow, Denoiser):
+class Model(Flow):
     """The path and the objective; network, samplers and likelihood are `Flow`'s."""
 
     def __init__(self, config: Config, space: ImageSpace) -> None:

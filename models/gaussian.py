@@ -31,7 +31,19 @@ from torch.nn import functional as F
 from models import _gaussians, _mixtures, _protocol, _random
 from models._flow_model import LEVELS, quantise
 from models._gaussians import Full, Gaussians, LowRank, Sums, weighted_squares
-from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Rows, Score, Spec, Steps
+from models._protocol import (
+    Batch,
+    Draw,
+    ImageSpace,
+    Likelihood,
+    Localiser,
+    OnePassDensity,
+    Range,
+    Rows,
+    Score,
+    Spec,
+    Steps,
+)
 
 CHUNK = 512  # images that EM looks at together
 START = 10_000  # images that its start is chosen by
@@ -119,7 +131,7 @@ class GaussianRows(Rows):
     x: Tensor  # (B, C, H, W)
 
 
-class Model(_protocol.Model, OnePassDensity):
+class Model(_protocol.Model, OnePassDensity, Localiser):
     """Gaussians of images. Learnt in `prepare`; sampled, and scored, in one pass.
 
     Statistics of a score, which cost no further pass, averaged over the Gaussians by their responsibilities (given the
@@ -146,6 +158,7 @@ class Model(_protocol.Model, OnePassDensity):
                 kind="bound",
                 dequantisation="uniform, averaged in closed form",
                 note="mean log-density over the pixel's cell: at most the logarithm of the mass in it",
+                heatmap_evaluations=1,
             ),
             temperature=Range(min=0.0, default=config.temperature, max=1.5),
         )
@@ -300,6 +313,14 @@ class Model(_protocol.Model, OnePassDensity):
             per_pixel=per_pixel,
             statistics={name: statistics[name].float() for name in self.statistic_names},
         )
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        """½ r², r a pixel's distance from what all others let expect, in standard deviations; summed over channels, in
+        the mean over Gaussians by their responsibilities. ½ is to be expected of each."""
+        y, gaussians = _centres(x), self.gaussians
+        r = (self.log_weights_given(labels) + gaussians.log_density(y)).softmax(dim=1)
+        found = 0.5 * torch.einsum("bk,bkd->bd", r, gaussians.residuals(y))
+        return found.view(x.shape).sum(dim=1).float()
 
 
 def _centres(x: Tensor) -> Tensor:

@@ -32,7 +32,19 @@ from torch.nn import functional as F
 
 from models import _pixels, _protocol, _random
 from models._codes import choose
-from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Rows, Score, Spec, Steps
+from models._protocol import (
+    Batch,
+    Draw,
+    ImageSpace,
+    Likelihood,
+    Localiser,
+    OnePassDensity,
+    Range,
+    Rows,
+    Score,
+    Spec,
+    Steps,
+)
 from models._transformer import Cache, Pattern, Transformer
 
 REACH = 3  # how far an input looks up, left and (above) right
@@ -141,7 +153,7 @@ class PixelRows(Rows):
     cache: Cache
 
 
-class Model(_protocol.Model, OnePassDensity):
+class Model(_protocol.Model, OnePassDensity, Localiser):
     """Samples in H·W ticks with a cache; scores in one pass, exactly, with the statistics of `models._pixels`."""
 
     statistic_names = _pixels.STATISTICS
@@ -160,6 +172,7 @@ class Model(_protocol.Model, OnePassDensity):
                 kind="exact",
                 dequantisation="none",
                 note="" if config.levels == 256 else f"of the image rounded to {config.levels} levels",
+                heatmap_evaluations=1,
             ),
             temperature=Range(min=0.1, default=1.0, max=2.0),
             top_k=config.levels,
@@ -237,6 +250,10 @@ class Model(_protocol.Model, OnePassDensity):
 
     def evaluate(self, x: Tensor, labels: Tensor) -> Score:
         return _pixels.score(*self.pixel_terms(x, labels))
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        """−log p(x_i | x_<i) − entropy of p(· | x_<i), nats."""
+        return _pixels.surprise(*self.pixel_terms(x, labels))
 
     def pixel_terms(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x_i | x_<i, label) and the entropy of p(· | x_<i, label), both (B, H, W) nats, summed over channels.

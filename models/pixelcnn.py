@@ -37,7 +37,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import _native, _pixels, _protocol, _random
-from models._protocol import Batch, Draw, ImageSpace, Likelihood, OnePassDensity, Range, Rows, Score, Spec, Steps
+from models._protocol import (
+    Batch,
+    Draw,
+    ImageSpace,
+    Likelihood,
+    Localiser,
+    OnePassDensity,
+    Range,
+    Rows,
+    Score,
+    Spec,
+    Steps,
+)
 
 REACH = 3  # how far the stacks' inputs look up, left and (above) right; a layer looks as far as its dilation
 # A matrix library may take products of very few columns in another order of summation (MKL does for fewer than four):
@@ -230,7 +242,7 @@ class PixelRows(Rows):
     past: Tensor  # (B, M + W, L·F): what entered each layer of the horizontal stack
 
 
-class Model(_protocol.Model, OnePassDensity):
+class Model(_protocol.Model, OnePassDensity, Localiser):
     """Samples in H·W ticks with caches; scores in one pass, exactly, with the statistics of `models._pixels`."""
 
     statistic_names = _pixels.STATISTICS
@@ -249,6 +261,7 @@ class Model(_protocol.Model, OnePassDensity):
                 kind="exact",
                 dequantisation="none",
                 note="" if config.levels == 256 else f"of the image rounded to {config.levels} levels",
+                heatmap_evaluations=1,
             ),
             temperature=Range(min=0.1, default=1.0, max=2.0),
         )
@@ -433,6 +446,10 @@ class Model(_protocol.Model, OnePassDensity):
 
     def evaluate(self, x: Tensor, labels: Tensor) -> Score:
         return _pixels.score(*self.pixel_terms(x, labels))
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        """−log p(x_i | x_<i) − entropy of p(· | x_<i), nats."""
+        return _pixels.surprise(*self.pixel_terms(x, labels))
 
     def pixel_terms(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x_i | x_<i, label) and the entropy of p(· | x_<i, label), both (B, H, W) nats, summed over channels.

@@ -41,7 +41,7 @@ from models import _continuous_flow, _ode, _solvers
 from models._continuous_flow import LAST_NOISE, Flow, views
 from models._diffusion import column, stratified
 from models._nn import guided
-from models._protocol import Batch, Denoiser, ImageSpace
+from models._protocol import Batch, ImageSpace
 
 SOLVERS = ("heun", "euler", "bogacki-shampine", "euler-maruyama", "predictor-corrector")
 EVALUATIONS = {"predictor-corrector": 2}
@@ -152,7 +152,7 @@ def sde_of(config: Config) -> SDE:
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-class Model(Flow, Denoiser):
+class Model(Flow):
     """The SDE, its objective and its stochastic solvers; network, ODE solvers and likelihood are `Flow`'s."""
 
     def __init__(self, config: Config, space: ImageSpace) -> None:

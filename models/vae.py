@@ -37,6 +37,7 @@ from models import _protocol, _random
 from models._latents import Mixture, Normal
 from models._likelihoods import pixel_likelihood
 from models._nn import zeroed
+from models._pixels import tiles
 from models._protocol import Batch, Draw, ImageSpace, Likelihood, Range, Rows, Score, Spec, Steps
 from models._topdown import Inference, TopDown
 
@@ -44,6 +45,8 @@ SAMPLES_PER_STEP = (
     8  # importance samples that a step of scoring draws for each image: few enough to share the device fairly
 )
 PRIOR, PIXELS, COMPONENT = 0, 1, 2  # draws of a row's noise
+MAP_DRAWS = 16  # of pixels, that say what a heat map's pixel is expected to cost
+TILE = 4  # pixels, a side of it
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,12 @@ class BoundRows(Rows):
     log_w: Tensor  # (B,) log Σ w so far
     reconstruction: Tensor  # (B,) Σ log p(x | z) so far
     kl: Tensor  # (B, G) Σ of the KL of each group so far
+    pixels: Tensor  # (B, H, W) Σ log p(x_i | z) so far
+    code_square: Tensor  # (B,) Σ mean square of the code so far
     drawn: Tensor  # (B,) int64: importance samples so far
 
 
-class VAE(_protocol.Model, _protocol.Density, _protocol.Autoencoder):
+class VAE(_protocol.Model, _protocol.Density, _protocol.Autoencoder, _protocol.Localiser):
     """Objective, sampler and bound of either kind. A sample is one pass of the decoder.
 
     numbers         N of a code
@@ -187,6 +192,7 @@ class VAE(_protocol.Model, _protocol.Density, _protocol.Autoencoder):
                 dequantisation="none",
                 note=f"importance-weighted, S={config.importance_samples}",
                 steps=math.ceil(config.importance_samples / SAMPLES_PER_STEP),
+                heatmap_evaluations=1,
             ),
             temperature=Range(min=0.0, default=1.0, max=2.0),
         )
@@ -298,6 +304,8 @@ class VAE(_protocol.Model, _protocol.Density, _protocol.Autoencoder):
             log_w=x.new_full((b,), -math.inf),
             reconstruction=x.new_zeros(b),
             kl=x.new_zeros(b, self.group_count),
+            pixels=x.new_zeros(b, *x.shape[2:]),
+            code_square=x.new_zeros(b),
             drawn=torch.zeros(b, dtype=torch.int64, device=x.device),
         )
 
@@ -305,25 +313,44 @@ class VAE(_protocol.Model, _protocol.Density, _protocol.Autoencoder):
         """SAMPLES_PER_STEP more importance samples of every image (as many as are missing, at the last step)."""
         s, b = SAMPLES_PER_STEP, len(rows.x)
         noise = _random.normal(rows.seed, torch.zeros_like(rows.seed), rows.tick, PRIOR, (s * self.numbers,))
-        params, _, log_ratio, kl = self.infer(rows.x, rows.label, noise.view(b * s, -1))
-        log_px = self.likelihood.log_prob(params, rows.x.repeat_interleave(s, dim=0)).sum(dim=(1, 2)).view(b, s)
+        params, code, log_ratio, kl = self.infer(rows.x, rows.label, noise.view(b * s, -1))
+        pixels = self.likelihood.log_prob(params, rows.x.repeat_interleave(s, dim=0)).unflatten(0, (b, s))
+        log_px = pixels.sum(dim=(2, 3))
         log_w = log_px + log_ratio.view(b, s)
         surplus = rows.drawn[:, None] + torch.arange(s, device=log_w.device) >= self.config.importance_samples
         rows.log_w = torch.logaddexp(rows.log_w, log_w.masked_fill(surplus, -math.inf).logsumexp(dim=1))
         rows.reconstruction = rows.reconstruction + log_px.masked_fill(surplus, 0.0).sum(dim=1)
         rows.kl = rows.kl + kl.view(b, s, -1).masked_fill(surplus[:, :, None], 0.0).sum(dim=1)
+        rows.pixels = rows.pixels + pixels.masked_fill(surplus[:, :, None, None], 0.0).sum(dim=1)
+        square = code.view(b, s, -1).square().mean(dim=2)
+        rows.code_square = rows.code_square + square.masked_fill(surplus, 0.0).sum(dim=1)
         rows.drawn = (rows.drawn + s).clamp(max=self.config.importance_samples)
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
 
     def score(self, rows: BoundRows) -> Score:
-        """log (1/S) Σ w. The statistics are the two terms of the negative ELBO, −E_q log p(x | z) and the KL, and what
-        each group of a hierarchy adds to the KL, coarsest first."""
+        """log (1/S) Σ w. The statistics are the two terms of the negative ELBO, −E_q log p(x | z) and the KL; what each
+        group of a hierarchy adds to the KL, coarsest first; the largest part of the former in a tile of TILE × TILE
+        pixels; and the mean square of the code's numbers, of which a draw from a standard normal prior has 1."""
         kl = rows.kl / rows.drawn[:, None]
-        statistics = {"reconstruction_nats": -rows.reconstruction / rows.drawn, "kl_nats": kl.sum(dim=1)}
+        statistics = {
+            "reconstruction_nats": -rows.reconstruction / rows.drawn,
+            "kl_nats": kl.sum(dim=1),
+            "worst_tile_nats": tiles(-rows.pixels / rows.drawn[:, None, None], TILE).amax(dim=(1, 2)),
+            "code_square": rows.code_square / rows.drawn,
+        }
         if self.group_count > 1:
             statistics |= {f"kl_nats_{k}": group for k, group in enumerate(kl.unbind(dim=1))}
         return Score(log_prob=rows.log_w - rows.drawn.to(rows.log_w.dtype).log(), statistics=statistics)
+
+    def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
+        """−log p(x_i | z) at the image's code, less what draws from p(· | z) cost in the mean: nats."""
+        params, seed = self.decode(self.code(x, labels), labels), _random.image_seed(x)
+        none, expected = torch.zeros_like(seed), torch.zeros_like(x[:, 0])
+        for k in range(MAP_DRAWS):
+            uniforms = _random.uniform(seed, none, k, PIXELS, (self.likelihood.uniforms, *x.shape[2:]))
+            expected -= self.likelihood.log_prob(params, self.likelihood.draw(params, uniforms)) / MAP_DRAWS
+        return -self.likelihood.log_prob(params, x) - expected
 
 
 @final

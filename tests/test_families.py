@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 
 import models
 from models import _checkpoint, _rows
-from models._protocol import UNLABELLED, Autoencoder, Batch, Denoiser, Density, Draw, ImageSpace, Model, Rows
+from models._protocol import UNLABELLED, Autoencoder, Batch, Denoiser, Density, Draw, ImageSpace, Localiser, Model, Rows
 from service.engine import Engine
 from service.messages import Completed, Generate, ImageDone, Message, Scored, ScoreImages
 
@@ -429,6 +429,39 @@ def test_an_image_has_one_score(name: str, make: Callable[[str], Model]) -> None
     apart = torch.cat([value(x[k : k + 1].expand(8, -1, -1, -1))[:1] for k in range(8)])
     torch.testing.assert_close(together, flipped.flip(0), rtol=0, atol=0)
     torch.testing.assert_close(together, apart, rtol=0, atol=0)
+
+
+@densities
+def test_the_spec_says_whether_it_has_heat_maps(name: str, make: Callable[[str], Model]) -> None:
+    likelihood = make(name).spec.likelihood
+    assert likelihood is not None
+    assert isinstance(make(name), Localiser) == (likelihood.heatmap_evaluations > 0)
+
+
+@densities
+@torch.inference_mode()
+def test_a_heat_map_is_the_same_alone_and_in_any_batch(name: str, make: Callable[[str], Model]) -> None:
+    model = make(name)
+    if not isinstance(model, Localiser):
+        pytest.skip("no heat map")
+    x = pictures(8, model.spec.image, seed=5)
+    labels = torch.arange(8) % (model.spec.image.classes + 1) - 1
+
+    def maps(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        rows = model.map_init(x, labels)
+        assert rows.left.tolist() == [1] * len(x)
+        rows = model.map_step(rows)
+        assert rows.left.tolist() == [0] * len(x)
+        return rows.surprise
+
+    together = maps(x, labels)
+    assert together.shape == (8, *model.spec.image.shape[1:])
+    assert together.dtype == torch.float32
+    assert together.isfinite().all()
+    torch.testing.assert_close(maps(x.flip(0), labels.flip(0)).flip(0), together, rtol=0, atol=0)
+    apart = [maps(x[k : k + 1].expand(8, -1, -1, -1), labels[k : k + 1].expand(8))[0] for k in range(8)]
+    torch.testing.assert_close(torch.stack(apart), together, rtol=0, atol=0)
+    assert together.flatten(1).std(dim=1).min() > 0, "it says where"
 
 
 @families

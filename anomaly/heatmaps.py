@@ -1,0 +1,102 @@
+"""Where in an image a model is surprised, told so that a normal image stays dark.
+
+A model's surprise has a unit of its own, and pixels differ in what is normal: at the rim of a centred picture nothing
+ever happens. So maps are compared with those of normal images, never with their own largest value:
+
+    smoothed      by a Gaussian of a 14th of the shorter side, since pixels are noisy and defects are larger than one
+    height        (surprise − centre) / scale of the pixel: centre is its median over the fit images; scale is what the
+                  UPPER quantile lies above the median, half the pixel's own and half the mean of all, so that a place
+                  where normal images never differ does not glow at a trifle
+    maxima        the greatest height anywhere in each calibration image, sorted
+
+A pixel is in the mask where its height is beyond the conformal threshold of the maxima: of normal images a share of at
+most α has any pixel in its mask (family-wise: Vovk, Gammerman and Shafer 2005, for the maximum as the score). Of several
+models the heights' mean is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomaly import conformal
+from anomaly.conformal import Floats
+
+Surprises: TypeAlias = NDArray[np.floating]  # (n, H, W) of n images
+
+WIDTH = 1 / 14  # standard deviation of the smoothing, of the shorter side
+UPPER = 0.95
+REFERENCE = 0.01  # share of normal images that anywhere exceed what is shown as MIDDLE
+MIDDLE = 128
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What heights are measured by; M models, in order."""
+
+    centre: Floats  # (M, H, W)
+    scale: Floats  # (M, H, W)
+    maxima: Floats  # (n,) sorted
+
+    def heights(self, surprises: Sequence[Surprises]) -> Floats:
+        """(n, H, W) of the surprises of each of the M models."""
+        each = [
+            (smoothed(found) - centre) / scale
+            for found, centre, scale in zip(surprises, self.centre, self.scale, strict=True)
+        ]
+        return np.asarray(np.mean(each, axis=0), dtype=np.float64)
+
+    def mask(self, heights: Floats, k: int) -> NDArray[np.bool_]:
+        """Where heights exceed all but k − 1 of the maxima; nowhere for k = 0."""
+        if k == 0:
+            return np.zeros(heights.shape, dtype=np.bool_)
+        return heights > conformal.threshold(self.maxima, k)
+
+    @property
+    def reference(self) -> float:
+        """The height that is shown as MIDDLE: the threshold of the mask at α = REFERENCE, or, of too few images for
+        that, the largest of the maxima."""
+        k = max(1, conformal.rank(len(self.maxima), REFERENCE))
+        return max(conformal.threshold(self.maxima, k), 1e-6)
+
+    def picture(self, heights: Floats) -> NDArray[np.uint8]:
+        """Levels (…, H, W): 0 at the median of normal images or below it, MIDDLE at `reference`, white at twice that."""
+        return np.rint(np.clip(heights * (MIDDLE / self.reference), 0, 255)).astype(np.uint8)
+
+
+def fit(fit_images: Sequence[Surprises], calibration_images: Sequence[Surprises]) -> Maps:
+    """From the surprises of each model, at fit and at calibration images, all normal and none in both."""
+    smooth = [smoothed(found) for found in fit_images]
+    centre = np.stack([np.median(found, axis=0) for found in smooth])
+    spread = np.stack([np.quantile(found, UPPER, axis=0) for found in smooth]) - centre
+    scale = 0.5 * spread + 0.5 * spread.mean(axis=(1, 2), keepdims=True)
+    scale = np.where(scale > 0, scale, 1.0)
+    unsorted = Maps(centre, scale, np.zeros(0))
+    maxima = unsorted.heights(calibration_images).max(axis=(1, 2))
+    return Maps(centre, scale, np.sort(maxima))
+
+
+def smoothed(surprises: Surprises) -> Floats:
+    """(…, H, W), with mirrored edges."""
+    found = np.asarray(surprises, dtype=np.float64)
+    for axis in (-1, -2):
+        found = np.moveaxis(_along(np.moveaxis(found, axis, -1), WIDTH * min(surprises.shape[-2:])), -1, axis)
+    return found
+
+
+def _along(values: Floats, width: float) -> Floats:
+    """Smoothed along the last axis."""
+    n = values.shape[-1]
+    reach = min(n, math.ceil(3 * width))
+    weights = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / max(width, 1e-9)))
+    weights /= weights.sum()
+    padded = np.pad(values, [*[(0, 0)] * (values.ndim - 1), (reach, reach)], mode="symmetric")
+    total = np.zeros_like(values)
+    for k, weight in enumerate(weights):
+        total += weight * padded[..., k : k + n]
+    return total
