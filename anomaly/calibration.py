@@ -2,6 +2,7 @@
 
 statistics   what `describe` makes of a model's score and the image itself, by name
 detector     fitted on the fit images
+maps         where there are heat maps: what they are measured by (`anomaly.heatmaps`)
 scores       of the calibration images, sorted: normal images that neither model nor detector has seen
 """
 
@@ -23,6 +24,7 @@ from safetensors.numpy import save as format_arrays
 from anomaly import conformal, detectors
 from anomaly.complexity import compressed_bits
 from anomaly.detectors import Detector, Floats
+from anomaly.heatmaps import Maps
 
 FORMAT = 1
 
@@ -49,6 +51,7 @@ class Calibration:
     detector: Detector
     scores: Floats  # (n,) sorted
     about: Mapping[str, Any]  # data description, weights' sha256, sizes, volumes of the detectors
+    maps: Maps | None = None
 
     @property
     def n(self) -> int:
@@ -103,6 +106,8 @@ class Calibration:
 
     def pack(self) -> bytes:
         arrays = {"scores": self.scores, **{f"detector.{k}": np.asarray(v) for k, v in self.detector.state.items()}}
+        if self.maps is not None:
+            arrays |= {f"maps.{name}": getattr(self.maps, name) for name in ("centre", "scale", "maxima")}
         about = {
             "format": FORMAT,
             "statistics": list(self.statistics),
@@ -133,7 +138,9 @@ def unpack(packed: bytes) -> Calibration:
         state = {k.removeprefix("detector."): v for k, v in arrays.items() if k.startswith("detector.")}
         if kind not in detectors.SCORES:
             raise CalibrationError(f"detector: {kind!r}; there are {', '.join(detectors.SCORES)}")
-        return Calibration(statistics, Detector(kind, state), arrays["scores"], about)
+        found_maps = {k.removeprefix("maps."): v for k, v in arrays.items() if k.startswith("maps.")}
+        maps = Maps(**found_maps) if found_maps else None
+        return Calibration(statistics, Detector(kind, state), arrays["scores"], about, maps)
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise CalibrationError(f"calibration: not one: {type(e).__name__}: {e}") from e
 
@@ -163,9 +170,13 @@ def describe(
 
 
 def calibrate(
-    fit: Sequence[Mapping[str, float]], calibration: Sequence[Mapping[str, float]], about: Mapping[str, Any]
+    fit: Sequence[Mapping[str, float]],
+    calibration: Sequence[Mapping[str, float]],
+    about: Mapping[str, Any],
+    maps: Maps | None = None,
 ) -> Calibration:
     """From described normal images: fit chooses and fits the detector, calibration gives the scores. Disjoint.
+    maps: of the same images, where the models have heat maps.
 
     Raises `CalibrationError` for too few images.
     """
@@ -183,4 +194,4 @@ def calibrate(
     made = Calibration(varying, detector, np.zeros(0), {})
     scores = np.sort(made.score(calibration))
     told = {"n": len(scores), "fit_n": len(fit), "volumes": volumes, **about}
-    return Calibration(varying, detector, scores, told)
+    return Calibration(varying, detector, scores, told, maps)

@@ -10,8 +10,8 @@ ever happens. So maps are compared with those of normal images, never with their
     maxima        the greatest height anywhere in each calibration image, sorted
 
 A pixel is in the mask where its height is beyond the conformal threshold of the maxima: of normal images a share of at
-most α has any pixel in its mask (family-wise: Vovk, Gammerman and Shafer 2005, for the maximum as the score). Of several
-models the heights' mean is taken.
+most α has any pixel in its mask (family-wise; the maximum is the score of `anomaly.conformal`). Of several models the
+heights' mean is taken.
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class Maps:
             return np.zeros(heights.shape, dtype=np.bool_)
         return heights > conformal.threshold(self.maxima, k)
 
+    def rank(self, alpha: float, confidence: float | None) -> int:
+        """k of the mask at that level, as for scores; 0 where there are too few maxima."""
+        n = len(self.maxima)
+        return conformal.rank(n, alpha) if confidence is None else conformal.rank_with_confidence(n, alpha, confidence)
+
     @property
     def reference(self) -> float:
         """The height that is shown as MIDDLE: the threshold of the mask at α = REFERENCE, or, of too few images for
@@ -65,7 +70,7 @@ class Maps:
         return max(conformal.threshold(self.maxima, k), 1e-6)
 
     def picture(self, heights: Floats) -> NDArray[np.uint8]:
-        """Levels (…, H, W): 0 at the median of normal images or below it, MIDDLE at `reference`, white at twice that."""
+        """Levels (…, H, W): 0 at the median of normal images or below, MIDDLE at `reference`, white at twice that."""
         return np.rint(np.clip(heights * (MIDDLE / self.reference), 0, 255)).astype(np.uint8)
 
 

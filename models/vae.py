@@ -314,7 +314,8 @@ class VAE(_protocol.Model, _protocol.Density, _protocol.Autoencoder, _protocol.L
         s, b = SAMPLES_PER_STEP, len(rows.x)
         noise = _random.normal(rows.seed, torch.zeros_like(rows.seed), rows.tick, PRIOR, (s * self.numbers,))
         params, code, log_ratio, kl = self.infer(rows.x, rows.label, noise.view(b * s, -1))
-        pixels = self.likelihood.log_prob(params, rows.x.repeat_interleave(s, dim=0)).unflatten(0, (b, s))
+        pixels = self.likelihood.log_prob(params, rows.x.repeat_interleave(s, dim=0))
+        pixels = pixels.view(b, s, *pixels.shape[1:])
         log_px = pixels.sum(dim=(2, 3))
         log_w = log_px + log_ratio.view(b, s)
         surplus = rows.drawn[:, None] + torch.arange(s, device=log_w.device) >= self.config.importance_samples

@@ -15,6 +15,7 @@ from service import errors
 from service.broker import Broker
 from service.calibrations import Calibrations
 from service.catalog import Catalog
+from service.ensembles import Ensembles
 from service.middleware import BodyLimit, RequestContext
 from service.routes import health, images, jobs, models, scores
 from service.routes._services import Services, limits
@@ -26,7 +27,8 @@ VERSION = "0.1.0"
 
 def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
     """The application. While it runs it keeps the catalog fresh; starting broker and workers is the caller's."""
-    services = Services(settings, broker, catalog, limits(settings), Calibrations(settings.models))
+    calibrations, ensembles = Calibrations(settings.models), Ensembles(settings.models)
+    services = Services(settings, broker, catalog, limits(settings), calibrations, ensembles)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:

@@ -35,7 +35,7 @@ class Job:
     payload: bytes
     rows: int  # chains (images) that it runs
     units: int  # predicted work: rows × steps × network evaluations a step
-    kind: Literal["draw", "score"] = "draw"  # what is done with the model
+    kind: Literal["draw", "score", "map"] = "draw"  # what is done with the model
     steps: int = 1  # that a row takes, as a worker's `Load` counts them; about as many of an adaptive solver
     priority: Priority = "interactive"
     timeout: float | None = None  # seconds from submission; after that nobody waits for the answer
@@ -110,7 +110,7 @@ class WorkerState:
     device: str
     ready: bool  # every model has been tried and those that work are warm
     models: Mapping[str, ModelState] = field(default_factory=dict)
-    load: Mapping[str, Load] = field(default_factory=dict)  # by "<model>/draw" and "<model>/score"
+    load: Mapping[str, Load] = field(default_factory=dict)  # by "<model>/draw", "…/score" and "…/map"
     jobs: int = 0  # that it works on
 
 

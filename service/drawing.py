@@ -5,7 +5,6 @@ A `Drawing` travels with its job, so that any API process can give the answer.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import json
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -108,6 +107,6 @@ async def _encode(drawn: Iterable[Pixels], format: Format) -> list[str]:
     pictures = list(drawn)
 
     def work() -> list[str]:
-        return [base64.b64encode(images.encode(pixels, format)).decode("ascii") for pixels in pictures]
+        return [images.to_base64(images.encode(pixels, format)) for pixels in pictures]
 
     return await images.off_loop(sum(pixels.size for pixels in pictures), work)

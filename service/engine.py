@@ -24,25 +24,34 @@ from dataclasses import dataclass, field
 import torch
 
 from models import _rows
-from models._protocol import Density, Model, Rows
+from models._protocol import Model, Rows
 from service.messages import (
     Completed,
     Failed,
     Generate,
     ImageDone,
+    MapImages,
     Message,
     Pixels,
     Progress,
     ScoreImages,
     Started,
+    Task,
 )
-from service.programs import Drawing, DrawRow, Program, ScoreRow, Scoring
+from service.programs import DrawRow, Program, ScoreRow, programs
 from service.scheduler import Load, Plan, Row, Scheduler, Ticket
 
 log = logging.getLogger(__name__)
 
 CANONICAL_ROWS = 16  # of every batch on a CPU, where sizes are not alike
 PROGRESS_EVERY = 0.25  # seconds between progress messages of a job, previews apart
+
+# Task -> what it is called, and why a model cannot do it.
+_LANES: dict[type[Task], tuple[str, str]] = {
+    Generate: ("draw", "draws no images"),
+    ScoreImages: ("score", "has no likelihood"),
+    MapImages: ("map", "draws no heat maps"),
+}
 
 Emit = Callable[[str, Message, bool], None]  # job, message, final
 
@@ -77,13 +86,8 @@ class Engine:
         """The first half of `put`: try a model with a step of everything that it can do. May be called from another
         thread than the one that drives the engine, so that rows of other models step meanwhile.
         """
-        programs: list[Program] = [Drawing(model)]
-        if model.spec.likelihood is not None:
-            if not isinstance(model, Density):
-                raise TypeError(f"{model_id}: its Spec has a likelihood, but the family is no Density")
-            programs.append(Scoring(model))
         lanes = []
-        for program in programs:
+        for program in programs(model):
             with torch.inference_mode():
                 lane = self._warmed(program)
                 lanes.append((lane, self._time(lane)))
@@ -148,7 +152,7 @@ class Engine:
         self,
         job_id: str,
         model_id: str,
-        task: Generate | ScoreImages,
+        task: Task,
         priority: str = "interactive",
         timeout: float | None = None,
         queued_seconds: float = 0.0,
@@ -161,10 +165,10 @@ class Engine:
             self._emit(job_id, Failed("unknown-model", f"model: {model_id} is not loaded here"), True)
             return
         version, _ = self._models[model_id]
-        kind = "draw" if isinstance(task, Generate) else "score"
+        kind, what = _LANES[type(task)]
         lane = f"{model_id}@{version}/{kind}"
         if lane not in self._lanes:
-            self._emit(job_id, Failed("unknown-model", f"model: {model_id} has no likelihood"), True)
+            self._emit(job_id, Failed("unknown-model", f"model: {model_id} {what}"), True)
             return
         submitted = self._clock() - queued_seconds
         rows = task.n if isinstance(task, Generate) else len(task.images)
@@ -195,7 +199,7 @@ class Engine:
         return len(self._jobs)
 
     def load(self) -> dict[str, Load]:
-        """What each model's lanes do, by "<model>/draw" and "<model>/score"."""
+        """What each model's lanes do, by "<model>/draw", "<model>/score" and "<model>/map"."""
         found: dict[str, str] = {}
         for model_id, (version, _) in self._models.items():
             prefix = f"{model_id}@{version}/"

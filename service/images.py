@@ -114,6 +114,10 @@ def grid(images: Sequence[Pixels]) -> Pixels:
 # --------------------------------------------------------------------------------------------------------------- decode
 
 
+def to_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
 def from_base64(text: str) -> bytes:
     """Base64, with or without line breaks -> bytes. Raises `ImageRefused`."""
     try:

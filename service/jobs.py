@@ -14,7 +14,7 @@ from starlette.types import Receive
 from service import errors
 from service.broker import CANCELLED, Broker, Job, JobLost
 from service.forecast import forecast
-from service.messages import Completed, Failed, ImageDone, Message, Progress, Scored, Started, unpack
+from service.messages import Completed, Failed, ImageDone, Mapped, Message, Progress, Scored, Started, unpack
 from service.metrics import JobWatch
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Once:
                 return ahead
             case Started():
                 k = 0
-            case ImageDone(sample=k) | Scored(index=k):
+            case ImageDone(sample=k) | Scored(index=k) | Mapped(index=k):
                 pass
             case _:
                 return True

@@ -1,13 +1,13 @@
 """What routes and workers say to each other inside jobs and events: dataclasses <-> msgpack bytes.
 
-Arrays travel as raw uint8: the API encodes PNGs, so that no worker spends its device's time on them.
+Arrays travel as raw uint8 or float32: the API encodes PNGs, so that no worker spends its device's time on them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import msgpack
 import numpy as np
@@ -35,6 +35,14 @@ class Generate:
 @dataclass(frozen=True)
 class ScoreImages:
     """Score images (N, C, H, W); labels as indices, -1 for none."""
+
+    images: Pixels
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MapImages:
+    """Say where images (N, C, H, W) are surprising; labels as indices, -1 for none."""
 
     images: Pixels
     labels: tuple[int, ...]
@@ -76,6 +84,14 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Mapped:
+    """Where one image is surprising."""
+
+    index: int
+    surprise: NDArray[np.float32]  # (H, W)
+
+
+@dataclass(frozen=True)
 class Completed:
     """Final: everything was told. `network_evaluations` counts one per network call and row, and one per product with
     its Jacobian."""
@@ -95,11 +111,11 @@ class Failed:
     detail: str
 
 
-Message: TypeAlias = Generate | ScoreImages | Started | Progress | ImageDone | Scored | Completed | Failed
+Task: TypeAlias = Generate | ScoreImages | MapImages
+Message: TypeAlias = Task | Started | Progress | ImageDone | Scored | Mapped | Completed | Failed
 
-_TYPES: dict[str, type[Any]] = {
-    t.__name__: t for t in (Generate, ScoreImages, Started, Progress, ImageDone, Scored, Completed, Failed)
-}
+_TYPES: dict[str, type[Any]] = {t.__name__: t for t in get_args(Message)}
+_DTYPES = ("uint8", "float32")
 
 
 def pack(message: Message) -> bytes:
@@ -120,12 +136,13 @@ def unpack(data: bytes) -> Message:
 
 
 def _array_out(value: Any) -> Any:
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
-        return {"uint8": list(value.shape), "data": value.tobytes()}
+    if isinstance(value, np.ndarray) and value.dtype.name in _DTYPES:
+        return {value.dtype.name: list(value.shape), "data": value.tobytes()}
     raise TypeError(f"message: cannot send a {type(value).__name__}")
 
 
 def _array_in(value: dict[str, Any]) -> Any:
-    if value.keys() == {"uint8", "data"}:
-        return np.frombuffer(value["data"], np.uint8).reshape(value["uint8"])
+    for dtype in _DTYPES:
+        if value.keys() == {dtype, "data"}:
+            return np.frombuffer(value["data"], dtype).reshape(value[dtype])
     return value

@@ -1,5 +1,5 @@
-"""What the engine does with a model: drawing, and scoring where it is a density. Each is a program of three calls: make
-rows, take a step, say what came of it.
+"""What the engine does with a model: drawing, scoring where it is a density, and heat maps where it can tell where.
+Each is a program of three calls: make rows, take a step, say what came of it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from models._protocol import UNLABELLED, Density, Draw, Model, Rows
-from service.messages import Generate, ImageDone, Pixels, Scored, ScoreImages
+from models._protocol import UNLABELLED, Density, Draw, Localiser, MapRows, Model, Rows
+from service.messages import Generate, ImageDone, MapImages, Mapped, Pixels, Scored, ScoreImages
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Program(abc.ABC):
         """The result of each row, as it stands; None where it is not finite."""
 
     @abc.abstractmethod
-    def message(self, index: int, result: Any) -> ImageDone | Scored:
+    def message(self, index: int, result: Any) -> ImageDone | Scored | Mapped:
         """What is told of the job's row `index`."""
 
 
@@ -131,23 +133,16 @@ class Scoring(Program):
         self._model, self._density = model, model
 
     def rows_of(self, task: ScoreImages) -> list[ScoreRow]:
-        if task.images.shape[1:] != self._model.spec.image.shape:
-            raise ValueError(f"images: {task.images.shape[1:]} where the model takes {self._model.spec.image.shape}")
         likelihood = self._model.spec.likelihood
-        evaluations = 1 if likelihood is None else likelihood.network_evaluations_per_step
-        ticks = 1 if likelihood is None else likelihood.steps
-        return [
-            ScoreRow(image, label, evaluations, ticks) for image, label in zip(task.images, task.labels, strict=True)
-        ]
+        if likelihood is None:
+            return _rows_of(self._model, task, 1, 1)
+        return _rows_of(self._model, task, likelihood.network_evaluations_per_step, likelihood.steps)
 
     def warm(self, rows: int) -> Rows:
-        x = torch.zeros(rows, *self._model.spec.image.shape, device=self._model.device)
-        return self._density.score_init(x, torch.full((rows,), UNLABELLED, device=x.device))
+        return self._density.score_init(*_black(self._model, rows))
 
     def init(self, tasks: Sequence[ScoreRow]) -> Rows:
-        device = self._model.device
-        x = torch.stack([torch.tensor(task.image) for task in tasks]).to(device).to(torch.float32) / 255
-        return self._density.score_init(x, torch.tensor([task.label for task in tasks], device=device))
+        return self._density.score_init(*_asked(self._model, tasks))
 
     def step(self, rows: Rows) -> Rows:
         return self._density.score_step(rows)
@@ -181,5 +176,62 @@ class Scoring(Program):
         return Scored(index, **result)
 
 
-# --------------------------------------------------------------------------------------------------------------- the
-# books
+class Localising(Program):
+    name = "map"
+
+    def __init__(self, model: Localiser) -> None:
+        assert isinstance(model, Model)
+        self._model, self._localiser = model, model
+
+    def rows_of(self, task: MapImages) -> list[ScoreRow]:
+        likelihood = self._model.spec.likelihood
+        return _rows_of(self._model, task, 1 if likelihood is None else likelihood.heatmap_evaluations, 1)
+
+    def warm(self, rows: int) -> Rows:
+        return self._localiser.map_init(*_black(self._model, rows))
+
+    def init(self, tasks: Sequence[ScoreRow]) -> Rows:
+        return self._localiser.map_init(*_asked(self._model, tasks))
+
+    def step(self, rows: Rows) -> Rows:
+        assert isinstance(rows, MapRows)
+        return self._localiser.map_step(rows)
+
+    def result(self, rows: Rows) -> list[NDArray[np.float32] | None]:
+        assert isinstance(rows, MapRows)
+        finite = rows.surprise.isfinite().flatten(1).all(1).tolist()
+        return [found if ok else None for found, ok in zip(rows.surprise.cpu().numpy(), finite, strict=True)]
+
+    def message(self, index: int, result: NDArray[np.float32]) -> Mapped:
+        return Mapped(index, result)
+
+
+def programs(model: Model) -> list[Program]:
+    """All that can be done with a model. Raises `TypeError` for one that is not what its Spec says."""
+    found: list[Program] = [Drawing(model)]
+    likelihood = model.spec.likelihood
+    if likelihood is not None:
+        if not isinstance(model, Density):
+            raise TypeError("its Spec has a likelihood, but the family is no Density")
+        found.append(Scoring(model))
+    if likelihood is not None and likelihood.heatmap_evaluations:
+        if not isinstance(model, Localiser):
+            raise TypeError("its Spec has heat maps, but the family is no Localiser")
+        found.append(Localising(model))
+    return found
+
+
+def _rows_of(model: Model, task: ScoreImages | MapImages, evaluations: int, ticks: int) -> list[ScoreRow]:
+    if task.images.shape[1:] != model.spec.image.shape:
+        raise ValueError(f"images: {task.images.shape[1:]} where the model takes {model.spec.image.shape}")
+    return [ScoreRow(image, label, evaluations, ticks) for image, label in zip(task.images, task.labels, strict=True)]
+
+
+def _black(model: Model, rows: int) -> tuple[Tensor, Tensor]:
+    x = torch.zeros(rows, *model.spec.image.shape, device=model.device)
+    return x, torch.full((rows,), UNLABELLED, device=x.device)
+
+
+def _asked(model: Model, tasks: Sequence[ScoreRow]) -> tuple[Tensor, Tensor]:
+    x = torch.stack([torch.tensor(task.image) for task in tasks]).to(model.device).to(torch.float32) / 255
+    return x, torch.tensor([task.label for task in tasks], device=x.device)

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 Format: TypeAlias = Literal["png", "jpeg", "webp", "npy"]
 LikelihoodKind: TypeAlias = Literal["exact", "bound", "estimate", "unnormalised"]
 LARGEST_SEED = 2**64 - 1
+MOST_MEMBERS = 8  # of an ensemble
 
 
 def _label(value: Any) -> Any:
@@ -21,11 +22,19 @@ def _label(value: Any) -> Any:
     raise PydanticCustomError("label", "a label is a name or an index")
 
 
-def _one_model(value: Any) -> Any:
-    if isinstance(value, list):
+def _models(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(model, str) for model in value):
+        raise PydanticCustomError("model", "a model's id, or a list of them, which is an ensemble")
+    if not 2 <= len(value) <= MOST_MEMBERS:
         raise PydanticCustomError(
-            "ensemble", "this server scores with one model at a time, not with a list of them (an ensemble)"
+            "ensemble",
+            "an ensemble has {least} to {most} models; one by itself is given as its id, not as a list",
+            {"least": 2, "most": MOST_MEMBERS},
         )
+    if len(set(value)) < len(value):
+        raise PydanticCustomError("ensemble", "a model is named twice; each judges once")
     return value
 
 
@@ -77,7 +86,9 @@ class GenerateRequest(JobOptions):
 
 
 class ScoreOptions(JobOptions):
-    model: Annotated[ModelId, BeforeValidator(_one_model)]
+    model: Annotated[ModelId | list[ModelId], BeforeValidator(_models)] = Field(
+        description="a model's id; a list of them is an ensemble, whose statistics are judged together (in JSON alone)"
+    )
     label: Annotated[Label | None, BeforeValidator(_label)] = None
     alpha: float = Field(0.01, gt=0, lt=1, description="false alarms to accept among normal images")
     confidence: float | None = Field(
@@ -86,7 +97,7 @@ class ScoreOptions(JobOptions):
     fdr: float | None = Field(
         None, gt=0, lt=1, description="judge the images together: at most this share of those named is to be normal"
     )
-    heatmap: bool = Field(False, description="also say where in the image it is unlikely")
+    heatmap: bool = Field(False, description="also say where in the image it is unlikely, and where it is an anomaly")
     resize: bool = Field(
         False,
         description="bring images of another size or channel count to the model's; such scores are not comparable",
@@ -187,9 +198,11 @@ class Anomaly(Answer):
     false_positive_rate_upper95: float
 
 
-class ScoreResult(Answer):
+class ModelScore(Answer):
+    """What one model says of one image."""
+
     log_prob: float | None = Field(
-        description="nats of the whole 8-bit image; null where the family has only an energy"
+        description="nats of the whole 8-bit image; null where the family has only an energy, and of an ensemble"
     )
     bits_per_dim: float | None = Field(description="-log_prob / (D ln 2), D = width × height × channels")
     energy: float | None = Field(
@@ -201,9 +214,26 @@ class ScoreResult(Answer):
         exclude_if=lambda v: v is None,
         description="whether half the steps give nearly the same log_prob; of numerical integrals only",
     )
-    anomaly: Anomaly | None = Field(description="null for a model that is not calibrated")
-    statistics: dict[str, float]
-    heatmap: str | None = Field(description="base64 of a PNG")
+    anomaly: Anomaly | None = Field(description="null for a model, or an ensemble, that is not calibrated")
+    statistics: dict[str, float] = Field(
+        description="of an ensemble: `<model>.<statistic>`, by its calibration's names"
+    )
+
+
+class ScoreResult(ModelScore):
+    heatmap: str | None = Field(
+        description="base64 of a grey PNG of the image's size: 0 is at most the median of normal images; of these 1 in "
+        "100 at most reaches beyond 128 anywhere"
+    )
+    mask: str | None = Field(
+        None,
+        exclude_if=lambda v: v is None,
+        description="comes with a heat map: base64 of a PNG, white where the image is an anomaly. Of normal images a "
+        "share of at most alpha has any white",
+    )
+    members: dict[str, ModelScore] | None = Field(
+        None, exclude_if=lambda v: v is None, description="of an ensemble: what each model says by itself"
+    )
 
 
 class Calibration(Answer):
@@ -212,10 +242,12 @@ class Calibration(Answer):
 
 
 class ScoreResponse(Answer):
-    model: str
-    family: str
-    kind: LikelihoodKind
-    dequantisation: str = Field(description='how the 8-bit grid was treated: "none", "uniform K=1", ...')
+    """Of an ensemble model, family, kind and dequantisation are lists, in the order of the request."""
+
+    model: str | list[str]
+    family: str | list[str]
+    kind: LikelihoodKind | list[LikelihoodKind]
+    dequantisation: str | list[str] = Field(description='how the 8-bit grid was treated: "none", "uniform K=1", ...')
     results: list[ScoreResult]
     calibration: Calibration | None
     warnings: list[str]
@@ -244,6 +276,9 @@ class Likelihood(Answer):
     note: str = ""
     steps: int = Field(1, ge=1, description="steps that one image's score takes")
     network_evaluations_per_step: int = Field(1, ge=1, exclude_if=lambda v: v == 1)
+    heatmap_evaluations: int = Field(
+        0, ge=0, exclude_if=lambda v: v == 0, description="of the network, for a heat map; absent: there are none"
+    )
 
 
 class Conditioning(Answer):

@@ -28,7 +28,7 @@ from service.broker import SUSPECT, Claims, Event, Job, WorkerState
 from service.broker_local import LocalClaims
 from service.engine import Engine
 from service.loader import Found, Gone, Loaded, Loader, News, Refused, Scanned
-from service.messages import Failed, Generate, Message, ScoreImages, pack, unpack
+from service.messages import Failed, Generate, MapImages, Message, ScoreImages, pack, unpack
 from service.residency import Residency
 from service.settings import Settings
 
@@ -179,7 +179,7 @@ class Worker:
     def _begin(self, job: Job) -> None:
         try:
             task = unpack(job.payload)
-            if not isinstance(task, Generate | ScoreImages):
+            if not isinstance(task, Generate | ScoreImages | MapImages):
                 raise ValueError(f"a {type(task).__name__} is no task")
             self._engine.submit(job.id, job.model, task, job.priority, job.timeout, job.queued_seconds, job.tenant)
         except ValueError as e:  # a job is input: whatever is wrong with it concerns it alone

@@ -70,6 +70,17 @@ def log_prob(score: Score) -> Tensor:
 
 
 @NETWORKS
+def test_of_images_that_it_draws_no_pixel_is_a_surprise_in_the_mean(config: Config) -> None:
+    model, x = network(config), grid(EVERY)
+    score = model.evaluate(x, unlabelled(x))
+    surprise = model.surprise(x, unlabelled(x)).double()
+    mean = (log_prob(score).exp()[:, None, None] * surprise).sum(dim=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(score.statistics["worst_pixel"].double(), surprise.amax(dim=(1, 2)))
+    torch.testing.assert_close(score.statistics["worst_tile"].double(), surprise.sum(dim=(1, 2)), rtol=1e-4, atol=1e-4)
+
+
+@NETWORKS
 def test_probabilities_of_all_images_sum_to_one(config: Config) -> None:
     model = network(config)
     x = grid(EVERY)

@@ -21,7 +21,7 @@ import models
 from models import _checkpoint, _rows
 from models._protocol import UNLABELLED, Autoencoder, Batch, Denoiser, Density, Draw, ImageSpace, Localiser, Model, Rows
 from service.engine import Engine
-from service.messages import Completed, Generate, ImageDone, Message, Scored, ScoreImages
+from service.messages import Completed, Generate, ImageDone, MapImages, Mapped, Message, Scored, ScoreImages
 
 LABELLED = ImageSpace(width=8, height=8, channels=1, labels=("a", "b", "c"))
 
@@ -576,6 +576,18 @@ def test_the_engine_serves_it(name: str, make: Callable[[str], Model]) -> None:
         single = [m for m in told["score"] if isinstance(m, Scored)]
         assert sorted(scores) == list(range(11))
         assert (single[0].log_prob, single[0].energy) == (scores[3].log_prob, scores[3].energy)
+        assert single[0].statistics == scores[3].statistics
+        if spec.likelihood.heatmap_evaluations:
+            engine.submit("maps", "m", MapImages(images, (-1,) * 11))
+            engine.submit("map", "m", MapImages(images[3:4], (-1,)))
+            while engine.step():
+                pass
+            maps = {m.index: m.surprise for m in told["maps"] if isinstance(m, Mapped)}
+            (alone,) = (m.surprise for m in told["map"] if isinstance(m, Mapped))
+            assert sorted(maps) == list(range(11))
+            np.testing.assert_array_equal(alone, maps[3])
+            assert isinstance(done := told["map"][-1], Completed)
+            assert done.network_evaluations == spec.likelihood.heatmap_evaluations
 
 
 def pixels(messages: list[Message]) -> np.ndarray:

@@ -110,6 +110,21 @@ def test_the_noise_is_averaged_over_and_not_drawn(form: type[Gaussians]) -> None
     assert float(g.log_density(y)) == pytest.approx(values.mean(), abs=5 * values.std() / math.sqrt(len(values)))
 
 
+@FORMS
+def test_residuals_are_a_pixels_distance_from_what_all_others_let_expect(form: type[Gaussians]) -> None:
+    g = random_gaussians(form)
+    y = torch.randn(4, g.mean.shape[1], dtype=torch.float64) * 3 + 5
+    found = g.residuals(y)
+    for k, covariance in enumerate(covariances(g)):
+        mean = g.mean[k].numpy()
+        for i in range(len(mean)):
+            rest = np.delete(np.arange(len(mean)), i)
+            weights = np.linalg.solve(covariance[np.ix_(rest, rest)], covariance[rest, i])
+            expected = mean[i] + (y.numpy()[:, rest] - mean[rest]) @ weights
+            variance = covariance[i, i] - covariance[i, rest] @ weights
+            np.testing.assert_allclose(found[:, k, i], (y[:, i].numpy() - expected) ** 2 / variance, rtol=1e-6)
+
+
 def test_the_score_is_a_bound_on_the_mass_in_the_cells() -> None:
     """One pixel, whose masses are known exactly: the bound is below them, and near where the Gaussian is wide."""
     space = ImageSpace(1, 1, 1)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models import _rows
+from models import _random, _rows
 from models._latents import Mixture, Normal
 from models._likelihoods import LEVELS, Categorical, LogisticMixture, PixelLikelihood, pixel_likelihood
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
-from models.vae import SAMPLES_PER_STEP, Config, Model
+from models.vae import PRIOR, SAMPLES_PER_STEP, Config, Model
 
 SPACE = ImageSpace(8, 8, 1, labels=("a", "b", "c"))
 TINY = Config(latent=3, width=8, blocks=1, hidden=16, prior_components=2, components=2, importance_samples=16)
@@ -481,3 +481,27 @@ def test_other_sizes_and_colours_work(space: ImageSpace, likelihood: str) -> Non
     assert (score.log_prob < 0).all()
     assert vae.reconstruct(x, torch.full((2,), UNLABELLED)).shape == x.shape
     assert sample(vae, Draw(1, 0, 1), Draw(1, 1, 1, "draw")).shape == x.shape
+
+
+@torch.inference_mode()
+def test_what_a_pixel_costs_is_compared_with_what_it_was_expected_to_cost() -> None:
+    """−log p less the entropy, here summed over all levels; there it is estimated from draws, without bias."""
+    m, x = model(), images(40)
+    labels = torch.full((40,), UNLABELLED)
+    params = m.decode(m.code(x, labels), labels)
+    each = torch.stack([m.likelihood.log_prob(params, torch.full_like(x, k / 255)) for k in range(LEVELS)])
+    entropy = torch.special.entr(each.exp()).sum(dim=0)
+    error = m.surprise(x, labels) - (-m.likelihood.log_prob(params, x) - entropy)
+    assert abs(float(error.mean())) < 4 * float(error.std()) / math.sqrt(error.numel())
+    assert float(error.std()) < 0.5
+
+
+@torch.inference_mode()
+def test_the_statistics_are_means_over_importance_samples() -> None:
+    m, x = model(importance_samples=8), images(3)
+    found = m.log_prob(x).statistics
+    rows = m.score_step(m.score_init(x, torch.full((3,), UNLABELLED)))
+    torch.testing.assert_close(-rows.pixels.sum(dim=(1, 2)) / 8, found["reconstruction_nats"])
+    noise = _random.normal(rows.seed, torch.zeros_like(rows.seed), 0, PRIOR, (8 * m.numbers,)).view(24, -1)
+    code = m.infer(x, torch.full((3,), UNLABELLED), noise).code
+    torch.testing.assert_close(code.view(3, 8, -1).square().mean(dim=(1, 2)), found["code_square"])

@@ -1,4 +1,4 @@
-"""python -m training list | run RECIPE | evaluate CHECKPOINT … | calibrate CHECKPOINT | compare FOLDER …"""
+"""python -m training list | run RECIPE | evaluate CHECKPOINT … | calibrate CHECKPOINT … | compare FOLDER …"""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "calibrate":
             from training import calibrate
 
-            calibrate.run(args.checkpoint, args.data, args.data_dir, console)
+            calibrate.run(args.checkpoints, args.data, args.data_dir, console, args.out)
         elif args.command == "compare":
             from training.compare import compare
 
@@ -84,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--work", type=Path, help="where scores are kept to go on from (runs/anomalies)")
     evaluate.add_argument("--page", type=Path, help="the page with the tables (docs/anomalies.md)")
     calibrate = commands.add_parser("calibrate", help="turn a checkpoint's scores into p-values; it must be a density")
-    calibrate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    calibrate.add_argument(
+        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="several are calibrated together, an ensemble"
+    )
+    calibrate.add_argument("--out", type=Path, help="folder of an ensemble, beside its members, to be served with them")
     calibrate.add_argument(
         "--data",
         help="normal images, such as folder:PATH or npz:FILE (default: the model's own data, what it kept apart)",

@@ -14,6 +14,7 @@ from service.accepts import Accepts
 from service.broker import Broker, Job, WorkerState
 from service.calibrations import Calibrations
 from service.catalog import Catalog, Entry, Version
+from service.ensembles import Ensembles
 from service.errors import Fault
 from service.forecast import forecast
 from service.metrics import Metrics
@@ -29,6 +30,7 @@ class Services:
     catalog: Catalog
     limits: Accepts  # what settings allow, field by field
     calibrations: Calibrations
+    ensembles: Ensembles
     metrics: Metrics = field(default_factory=Metrics)
     draining: bool = False  # shutting down: no longer ready
 

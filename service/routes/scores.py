@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from anomaly.calibration import Calibration, CalibrationError, Verdict, describe
-from service import errors, images, schemas
+from anomaly.calibration import CalibrationError
+from service import errors, images, schemas, scoring
 from service.bodies import JSON, MULTIPART, media_type, read_form, read_json, require_media_type
-from service.broker import Job
 from service.calibrations import Known
-from service.catalog import Version
+from service.ensembles import Together
 from service.errors import Fault
-from service.jobs import Told, follow, outcome, unless_hung_up
-from service.messages import Completed, Pixels, Scored, ScoreImages, pack
+from service.images import encode, off_loop
+from service.jobs import unless_hung_up
+from service.messages import Pixels, Scored
 from service.routes._services import Served, Services, problems, tenant
-from service.schemas import Anomaly, ImageShape, Likelihood, ScoreOptions, ScoreRequest, ScoreResponse, ScoreResult
+from service.schemas import Anomaly, ImageShape, ModelScore, ScoreOptions, ScoreRequest, ScoreResponse, ScoreResult
+from service.scoring import Drawn, Found, How, Scorer
 
 router = APIRouter(tags=["scores"])
 
@@ -49,7 +50,7 @@ async def score(request: Request, services: Served) -> Response:
 
     Images come as base64 in JSON, or as files of a multipart form: PNG, JPEG, WebP, or npy (uint8). They must have the
     model's size and channel count unless `resize` is true. `anomaly` needs a calibrated model: for others it is null,
-    and a warning says so.
+    and a warning says so. A list of models is an ensemble: calibrated together, it judges by the statistics of all.
     """
     require_media_type(request, JSON, MULTIPART)
     options: ScoreOptions
@@ -60,59 +61,40 @@ async def score(request: Request, services: Served) -> Response:
     else:
         options, files = await read_form(request, ScoreOptions, "images")
     timeout = options.timeout or services.settings.request_timeout
-    deadline = asyncio.get_running_loop().time() + timeout
-    version, likelihood = await _scorer(options.model, services)
-    label = _check(options, files, version, services, from_form=media_type(request) == MULTIPART)
-    known = await services.calibrations.of(options.model, version)
-    if known.calibration is not None and options.fdr is None:
-        _check_alpha(options, known.calibration)  # before the work, not after
-    pixels, resized = await _decode(files, version.spec.image, options.resize, services.settings.max_image_side)
-    job = Job(
-        id=uuid.uuid4().hex,
-        model=options.model,
-        payload=pack(ScoreImages(pixels, (label,) * len(pixels))),
-        rows=len(pixels),
-        units=len(pixels) * likelihood.steps * likelihood.network_evaluations_per_step,
-        kind="score",
-        steps=likelihood.steps,
-        priority=options.priority,
-        timeout=timeout,
-        tenant=tenant(request),
-    )
-    await services.admit(job)
-    watched = follow(services.broker, job, services.metrics.job(job.model, "score"))
-    told = await unless_hung_up(request.receive, outcome(watched, deadline))
-    scored = _complete(told, len(pixels))
-    described = await images.off_loop(_COMPRESSION * pixels.size, _describe, pixels, scored)
-    verdicts = await images.off_loop(_COMPRESSION * pixels.size, _judge, options, known, described)
-    answer = _answer(options, version, likelihood, scored, resized, described, known, verdicts)
+    how = How(options.priority, tenant(request), timeout, asyncio.get_running_loop().time() + timeout)
+    scorers = [await _scorer(model, services) for model in _names(options)]
+    scorers = _check(options, files, scorers, services, from_form=media_type(request) == MULTIPART)
+    own = [await services.calibrations.of(scorer.id, scorer.version) for scorer in scorers]
+    whole = await _together(scorers, own, services)
+    try:
+        scoring.check_alpha(options, whole.known)
+    except CalibrationError as e:
+        raise errors.Invalid(Fault(("body", "alpha"), f"{_told(options)}: {e}", options.alpha)) from None
+    no_maps = scoring.no_maps(options, [scorers[k] for k in whole.order], whole.known) if options.heatmap else None
+    shape = scorers[0].version.spec.image
+    pixels, resized = await _decode(files, shape, options.resize, services.settings.max_image_side)
+    mapped = options.heatmap and no_maps is None
+    asked = scoring.ask(scorers, pixels, mapped, how, services.broker, services.metrics, services.admit)
+    found = await unless_hung_up(request.receive, asked)
+    answer = await off_loop(_COMPRESSION * pixels.size, _answer, options, scorers, pixels, found, own, whole, mapped)
+    answer.warnings.extend(_warnings(options, scorers, found, whole.known, resized))
+    if no_maps is not None:
+        answer.warnings.append(no_maps)
     return Response(answer.model_dump_json(), media_type=JSON)
 
 
-def _check_alpha(options: ScoreOptions, calibration: Calibration) -> None:
-    try:
-        calibration.rank(options.alpha, options.confidence)
-    except CalibrationError as e:
-        raise errors.Invalid(Fault(("body", "alpha"), f"{options.model}: {e}", options.alpha)) from None
+# ------------------------------------------------------------------------------------------------------------- requests
 
 
-def _describe(pixels: Pixels, scored: Sequence[Scored]) -> list[dict[str, float]]:
-    return [
-        describe(x, None if _impossible(s) else s.log_prob, s.energy, s.statistics)
-        for x, s in zip(pixels, scored, strict=True)
-    ]
+def _names(options: ScoreOptions) -> list[str]:
+    return [options.model] if isinstance(options.model, str) else list(options.model)
 
 
-def _judge(options: ScoreOptions, known: Known, described: Sequence[dict[str, float]]) -> list[Verdict] | None:
-    if known.calibration is None or options.label is not None:
-        return None
-    scores = known.calibration.score(described)
-    if options.fdr is not None:
-        return known.calibration.judge_together(scores, options.fdr)
-    return known.calibration.judge(scores, options.alpha, options.confidence)
+def _told(options: ScoreOptions) -> str:
+    return " and ".join(_names(options))
 
 
-async def _scorer(model: str, services: Services) -> tuple[Version, Likelihood]:
+async def _scorer(model: str, services: Services) -> Scorer:
     """A model's version in service and its likelihood. Raises `NoDensity` where it has none."""
     entry, version = await services.model(model)
     if version.spec.likelihood is None:
@@ -123,32 +105,45 @@ async def _scorer(model: str, services: Services) -> tuple[Version, Likelihood]:
             if e.status != "failed" and e.version and e.version.spec.likelihood
         ]
         raise errors.NoDensity(entry.id, version.spec.family, able)
-    return version, version.spec.likelihood
+    return Scorer(entry.id, version, version.spec.likelihood)
 
 
 def _check(
-    options: ScoreOptions, files: Sequence[str | bytes], version: Version, services: Services, *, from_form: bool
-) -> int:
-    """Check fields against model and limits; the label's index, -1 without one."""
-    label = options.label
-    if (
-        from_form
-        and isinstance(label, str)
-        and label not in version.spec.labels
-        and label.isdecimal()
-        and len(label) < 10
-    ):
-        label = int(label)  # a form has no numbers
+    options: ScoreOptions,
+    files: Sequence[str | bytes],
+    scorers: Sequence[Scorer],
+    services: Services,
+    *,
+    from_form: bool,
+) -> list[Scorer]:
+    """Check fields against models and limits; the scorers with the label as each of them counts it."""
     faults = [] if options.timeout is None else services.limits.faults({"timeout": options.timeout}, "this server")
-    if label is not None:
-        faults += version.accepts.faults({"label": label}, options.model)
+    labelled = []
+    for scorer in scorers:
+        label, spec = options.label, scorer.version.spec
+        if from_form and isinstance(label, str) and label not in spec.labels and label.isdecimal() and len(label) < 10:
+            label = int(label)  # a form has no numbers
+        wrong = [] if label is None else scorer.version.accepts.faults({"label": label}, scorer.id)
+        faults += wrong
+        index = None if wrong else spec.label_index(label)
+        labelled.append(dataclasses.replace(scorer, label=_UNLABELLED if index is None else index))
+        if spec.image != scorers[0].version.spec.image:
+            other, one = ((s.version.spec.image, s.id) for s in (scorer, scorers[0]))
+            sizes = ", those of ".join(f"{name} are {i.width}×{i.height}×{i.channels}" for i, name in (one, other))
+            faults.append(Fault(("body", "model"), f"an ensemble looks at one image: those of {sizes}", options.model))
     most = services.settings.max_score_images
     if not 1 <= len(files) <= most:
         faults.append(Fault(("body", "images"), f"{len(files)} images; 1 to {most} are taken"))
     if faults:
         raise errors.Invalid(*faults)
-    index = version.spec.label_index(label)
-    return _UNLABELLED if index is None else index
+    return labelled
+
+
+async def _together(scorers: Sequence[Scorer], own: Sequence[Known], services: Services) -> Together:
+    """The calibration of all of them."""
+    if len(scorers) == 1:
+        return Together(own[0], (scorers[0].id,), (0,))
+    return await services.ensembles.of([s.id for s in scorers], [s.version for s in scorers])
 
 
 async def _decode(
@@ -171,48 +166,97 @@ async def _decode(
         return decoded, resized, faults
 
     cost = _DECODED_FAR_FROM_LOOP if resize else len(files) * shape.width * shape.height * shape.channels
-    decoded, resized, faults = await images.off_loop(cost, work)
+    decoded, resized, faults = await off_loop(cost, work)
     if faults:
         raise errors.Invalid(*faults)
     return np.stack(decoded), resized
 
 
-def _complete(told: Sequence[Told], n: int) -> list[Scored]:
-    scored = {message.index: message for message in told if isinstance(message, Scored)}
-    if not isinstance(told[-1], Completed) or scored.keys() != set(range(n)):
-        raise RuntimeError(f"a job of {n} scores ended with {sorted(scored)} and {type(told[-1]).__name__}")
-    return [scored[k] for k in range(n)]
+# -------------------------------------------------------------------------------------------------------------- answers
 
 
 def _answer(
     options: ScoreOptions,
-    version: Version,
-    likelihood: Likelihood,
-    scored: Sequence[Scored],
-    resized: Sequence[int],
-    described: Sequence[dict[str, float]],
-    known: Known,
-    verdicts: Sequence[Verdict] | None,
+    scorers: Sequence[Scorer],
+    pixels: Pixels,
+    found: Sequence[Found],
+    own: Sequence[Known],
+    whole: Together,
+    mapped: bool,
 ) -> ScoreResponse:
-    shape = version.spec.image
-    dims = shape.width * shape.height * shape.channels
-    anomalies = [None] * len(scored) if verdicts is None else [Anomaly(**dataclasses.asdict(v)) for v in verdicts]
+    described = [scoring.described(pixels, one.scored) for one in found]
+    drawn = _drawn(options, found, whole) if mapped else None
+    warnings: list[str] = []
+    if len(scorers) == 1:
+        each = _scores(options, scorers[0], found[0].scored, described[0], own[0], warnings)
+        results = [ScoreResult(**dict(s), **_pictures(drawn, k)) for k, s in enumerate(each)]
+    else:
+        results = _results_of_ensemble(options, scorers, found, described, own, whole, drawn, warnings)
+    likelihoods, alone = [s.likelihood for s in scorers], len(scorers) == 1
+    kinds, treatments = [each.kind for each in likelihoods], [each.dequantisation for each in likelihoods]
+    families = [s.version.spec.family for s in scorers]
+    known = whole.known
     return ScoreResponse(
         model=options.model,
-        family=version.spec.family,
-        kind=likelihood.kind,
-        dequantisation=likelihood.dequantisation,
-        results=[_result(s, dims, d, a) for s, d, a in zip(scored, described, anomalies, strict=True)],
+        family=families[0] if alone else families,
+        kind=kinds[0] if alone else kinds,
+        dequantisation=treatments[0] if alone else treatments,
+        results=results,
         calibration=None
         if known.calibration is None
         else schemas.Calibration(n=known.calibration.n, sha256=known.sha256),
-        warnings=list(_warnings(options, known, scored, resized)),
+        warnings=warnings,
     )
 
 
-def _result(scored: Scored, dims: int, described: dict[str, float], anomaly: Anomaly | None) -> ScoreResult:
-    log_prob = None if _impossible(scored) else scored.log_prob
-    return ScoreResult(
+def _results_of_ensemble(
+    options: ScoreOptions,
+    scorers: Sequence[Scorer],
+    found: Sequence[Found],
+    described: Sequence[list[dict[str, float]]],
+    own: Sequence[Known],
+    whole: Together,
+    drawn: Drawn | None,
+    warnings: list[str],
+) -> list[ScoreResult]:
+    statistics = scoring.together(whole.names, [described[k] for k in whole.order])
+    verdicts = _anomalies(options, _told(options), whole.known, statistics, warnings)
+    members = [
+        _scores(options, scorer, one.scored, of_model, known, warnings)
+        for scorer, one, of_model, known in zip(scorers, found, described, own, strict=True)
+    ]
+    return [
+        ScoreResult(
+            log_prob=None,
+            bits_per_dim=None,
+            stderr=None,
+            anomaly=verdicts[k],
+            statistics=statistics[k],
+            members={scorer.id: of_model[k] for scorer, of_model in zip(scorers, members, strict=True)},
+            **_pictures(drawn, k),
+        )
+        for k in range(len(statistics))
+    ]
+
+
+def _scores(
+    options: ScoreOptions,
+    scorer: Scorer,
+    scored: Sequence[Scored],
+    described: Sequence[dict[str, float]],
+    known: Known,
+    warnings: list[str],
+) -> list[ModelScore]:
+    """What one model says of each image by itself."""
+    image = scorer.version.spec.image
+    dims = image.width * image.height * image.channels
+    verdicts = _anomalies(options, scorer.id, known, described, warnings)
+    return [_score(s, dims, d, a) for s, d, a in zip(scored, described, verdicts, strict=True)]
+
+
+def _score(scored: Scored, dims: int, described: dict[str, float], anomaly: Anomaly | None) -> ModelScore:
+    log_prob = None if scoring.impossible(scored) else scored.log_prob
+    return ModelScore(
         log_prob=log_prob,
         bits_per_dim=None if log_prob is None else -log_prob / math.log(2) / dims,
         energy=scored.energy,
@@ -220,38 +264,65 @@ def _result(scored: Scored, dims: int, described: dict[str, float], anomaly: Ano
         converged=scored.converged,
         anomaly=anomaly,
         statistics={name: value for name, value in described.items() if name != "energy"},
-        heatmap=None,
     )
 
 
-def _impossible(scored: Scored) -> bool:
-    """An integral that is a probability above one: too few steps for this image."""
-    return scored.converged is False and scored.log_prob is not None and scored.log_prob > 0
+def _anomalies(
+    options: ScoreOptions, who: str, known: Known, statistics: Sequence[dict[str, float]], warnings: list[str]
+) -> list[Anomaly | None]:
+    """None of each where there is no calibration, or it does not fit; then a warning tells."""
+    try:
+        verdicts = scoring.judge(options, known, statistics)
+    except CalibrationError as e:
+        warnings.append(f"anomaly: the calibration of {who} cannot be used: {e}")
+        verdicts = None
+    return [None] * len(statistics) if verdicts is None else [Anomaly(**dataclasses.asdict(v)) for v in verdicts]
 
 
-def _warnings(options: ScoreOptions, known: Known, scored: Sequence[Scored], resized: Sequence[int]) -> list[str]:
-    warnings = []
+def _drawn(options: ScoreOptions, found: Sequence[Found], whole: Together) -> Drawn:
+    assert whole.known.calibration is not None
+    assert whole.known.calibration.maps is not None
+    surprise = [found[k].surprise for k in whole.order]
+    return scoring.draw(options, whole.known.calibration.maps, [s for s in surprise if s is not None])
+
+
+def _pictures(drawn: Drawn | None, k: int) -> dict[str, Any]:
+    if drawn is None:
+        return {"heatmap": None}
+    return {
+        "heatmap": images.to_base64(encode(drawn.picture[k][None], "png")),
+        "mask": images.to_base64(encode(drawn.mask[k][None], "png")),
+    }
+
+
+def _warnings(
+    options: ScoreOptions, scorers: Sequence[Scorer], found: Sequence[Found], known: Known, resized: Sequence[int]
+) -> Iterator[str]:
+    who = _told(options)
     if known.fault is not None:
-        warnings.append(f"anomaly: the calibration of {options.model} cannot be used: {known.fault}")
+        yield f"anomaly: the calibration of {who} cannot be used: {known.fault}"
     elif known.calibration is not None and options.label is not None:
-        warnings.append("anomaly: calibrated without labels; scores given a label have no p-values")
+        yield "anomaly: calibrated without labels; scores given a label have no p-values"
+    elif known.calibration is None and len(scorers) > 1:
+        yield f"anomaly: {who} are not calibrated together, so their scores have no p-values as an ensemble"
     elif known.calibration is None:
-        warnings.append(f"anomaly: {options.model} is not calibrated, so its scores have no p-values")
-    if options.heatmap:
-        warnings.append("heatmap: this server draws none yet")
+        yield f"anomaly: {who} is not calibrated, so its scores have no p-values"
     if resized:
         names = ", ".join(f"images[{k}]" for k in resized)
-        warnings.append(f"{names}: resized to the model's shape; scores of resized images are not comparable")
-    for k, s in enumerate(scored):
-        if _impossible(s):
-            warnings.append(f"images[{k}]: log_prob is refused: {s.log_prob:.1f} nats would be a probability above one")
-        if s.converged is False:
-            warnings.append(
-                f"images[{k}]: not converged: half the steps give {s.statistics['coarse_log_prob']:.1f} nats, "
-                f"all of them {s.log_prob:.1f}"
-            )
-        numbers = {"log_prob": s.log_prob, "energy": s.energy, "stderr": s.stderr, **s.statistics}
-        for name, value in numbers.items():
-            if value is not None and not math.isfinite(value):
-                warnings.append(f"images[{k}]: {name} is {value}, which JSON cannot say")
-    return warnings
+        yield f"{names}: resized to the model's shape; scores of resized images are not comparable"
+    for scorer, one in zip(scorers, found, strict=True):
+        whose = f"{scorer.id}: " if len(scorers) > 1 else ""
+        for k, s in enumerate(one.scored):
+            yield from (f"{whose}images[{k}]: {warning}" for warning in _doubts(s))
+
+
+def _doubts(s: Scored) -> Iterator[str]:
+    if scoring.impossible(s):
+        yield f"log_prob is refused: {s.log_prob:.1f} nats would be a probability above one"
+    if s.converged is False:
+        coarse = s.statistics["coarse_log_prob"]
+        yield f"not converged: half the steps give {coarse:.1f} nats, all of them {s.log_prob:.1f}"
+    numbers = {"log_prob": s.log_prob, "energy": s.energy, "stderr": s.stderr, **s.statistics}
+    for name, value in numbers.items():
+        if value is not None and not math.isfinite(value):
+            yield f"{name} is {value}, which JSON cannot say"

@@ -1,0 +1,185 @@
+"""Scores, maps and verdicts of images by one model or several: the jobs that it takes, and what is made of their
+messages."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomaly.calibration import Verdict, describe
+from anomaly.ensembles import joined
+from anomaly.heatmaps import Maps, Surprises
+from service.broker import Broker, Job
+from service.calibrations import Known
+from service.catalog import Version
+from service.jobs import Told, follow, outcome
+from service.messages import Completed, MapImages, Mapped, Pixels, Scored, ScoreImages, pack
+from service.metrics import Metrics
+from service.schemas import Likelihood, ScoreOptions
+
+M = TypeVar("M", Scored, Mapped)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model that is asked."""
+
+    id: str
+    version: Version
+    likelihood: Likelihood
+    label: int = -1  # as this model counts labels
+
+
+@dataclass(frozen=True)
+class How:
+    priority: Literal["interactive", "batch"]
+    tenant: str
+    timeout: float  # seconds
+    deadline: float  # on the event loop's clock
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one model says of all images."""
+
+    scored: list[Scored]
+    surprise: Surprises | None  # (n, H, W), where it was asked for
+
+
+async def ask(
+    scorers: Sequence[Scorer],
+    pixels: Pixels,
+    mapped: bool,
+    how: How,
+    broker: Broker,
+    metrics: Metrics,
+    admit: Callable[[Job], Awaitable[None]],
+) -> list[Found]:
+    """One job for each model, and, where maps are wanted, one more for each that draws them; all at once. Where one
+    fails, the others are cancelled. Raises a `Problem`, what `Broker.submit` and `admit` raise, and `TimeoutError`."""
+    n = len(pixels)
+    maps_by = [mapped and scorer.likelihood.heatmap_evaluations > 0 for scorer in scorers]
+    jobs: list[Job] = []
+    for scorer, draws in zip(scorers, maps_by, strict=True):
+        each, labels = scorer.likelihood, (scorer.label,) * n
+        units = each.steps * each.network_evaluations_per_step
+        jobs.append(_job(scorer, pack(ScoreImages(pixels, labels)), n, "score", each.steps, units, how))
+        if draws:
+            jobs.append(_job(scorer, pack(MapImages(pixels, labels)), n, "map", 1, each.heatmap_evaluations, how))
+    for job in jobs:
+        await admit(job)
+    waiting = [
+        asyncio.ensure_future(outcome(follow(broker, job, metrics.job(job.model, job.kind)), how.deadline))
+        for job in jobs
+    ]
+    try:
+        told = iter(await asyncio.gather(*waiting))
+    finally:
+        for future in waiting:
+            future.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    return [
+        Found(
+            _complete(next(told), n, Scored),
+            np.stack([m.surprise for m in _complete(next(told), n, Mapped)]) if draws else None,
+        )
+        for draws in maps_by
+    ]
+
+
+def _job(
+    scorer: Scorer, payload: bytes, n: int, kind: Literal["score", "map"], steps: int, units: int, how: How
+) -> Job:
+    """Of n images that take so many steps, and step-units, each."""
+    return Job(
+        id=uuid.uuid4().hex,
+        model=scorer.id,
+        payload=payload,
+        rows=n,
+        units=n * units,
+        kind=kind,
+        steps=steps,
+        priority=how.priority,
+        timeout=how.timeout,
+        tenant=how.tenant,
+    )
+
+
+def _complete(told: Sequence[Told], n: int, kind: type[M]) -> list[M]:
+    found = {message.index: message for message in told if isinstance(message, kind)}
+    if not isinstance(told[-1], Completed) or found.keys() != set(range(n)):
+        raise RuntimeError(f"a job of {n} images ended with {sorted(found)} and {type(told[-1]).__name__}")
+    return [found[k] for k in range(n)]
+
+
+def impossible(scored: Scored) -> bool:
+    """An integral that is a probability above one: too few steps for this image."""
+    return scored.converged is False and scored.log_prob is not None and scored.log_prob > 0
+
+
+def described(pixels: Pixels, scored: Sequence[Scored]) -> list[dict[str, float]]:
+    """Every image's statistics, by name."""
+    return [
+        describe(x, None if impossible(s) else s.log_prob, s.energy, s.statistics)
+        for x, s in zip(pixels, scored, strict=True)
+    ]
+
+
+def together(names: Sequence[str], by_model: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+    """Every image's statistics by all models."""
+    return [joined(names, of_image) for of_image in zip(*by_model, strict=True)]
+
+
+def judge(options: ScoreOptions, known: Known, statistics: Sequence[dict[str, float]]) -> list[Verdict] | None:
+    """None where there is no calibration for such scores."""
+    if known.calibration is None or options.label is not None:
+        return None
+    scores = known.calibration.score(statistics)
+    if options.fdr is not None:
+        return known.calibration.judge_together(scores, options.fdr)
+    return known.calibration.judge(scores, options.alpha, options.confidence)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Heat maps: levels (n, H, W), and where they are beyond what normal images reach anywhere."""
+
+    picture: NDArray[np.uint8]
+    mask: NDArray[np.uint8]  # 0 or 255
+
+
+def draw(options: ScoreOptions, maps: Maps, surprise: Sequence[Surprises]) -> Drawn:
+    """From each model's surprise. The mask's level is `alpha`, with `confidence` where that is asked for; an alpha that
+    is too small for so few calibration images masks nothing."""
+    heights = maps.heights(surprise)
+    mask = maps.mask(heights, maps.rank(options.alpha, options.confidence))
+    return Drawn(maps.picture(heights), np.where(mask, 255, 0).astype(np.uint8))
+
+
+def no_maps(options: ScoreOptions, scorers: Sequence[Scorer], known: Known) -> str | None:
+    """Why no heat maps can be drawn; None where they can."""
+    able = sum(scorer.likelihood.heatmap_evaluations > 0 for scorer in scorers)
+    names = " and ".join(scorer.id for scorer in scorers)
+    if not able:
+        families = ", ".join(sorted({scorer.version.spec.family for scorer in scorers}))
+        return f"heatmap: {families} says of whole images only how likely they are"
+    if options.label is not None:
+        return "heatmap: calibrated without labels; what is normal given a label is not known"
+    if known.calibration is None or known.calibration.maps is None:
+        return f"heatmap: {names}: not calibrated with heat maps, so it is not known what is normal; calibrate again"
+    if len(known.calibration.maps.centre) != able:
+        made = len(known.calibration.maps.centre)
+        return f"heatmap: the calibration of {names} is of {made} maps, and these draw {able}; calibrate again"
+    return None
+
+
+def check_alpha(options: ScoreOptions, known: Known) -> None:
+    """Before the work, not after. Raises `CalibrationError`."""
+    if known.calibration is not None and options.fdr is None:
+        known.calibration.rank(options.alpha, options.confidence)

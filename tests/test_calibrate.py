@@ -1,0 +1,93 @@
+"""python -m training calibrate: one model, several together, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from anomaly import ensembles
+from anomaly.calibration import unpack
+from models import _checkpoint
+from models._protocol import Batch
+from training import calibrate, data
+from training.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models of digits that are learnt in a moment."""
+    folder, digits = tmp_path_factory.mktemp("zoo"), data.load("digits")
+    train = digits.splits["train"]
+    batch = Batch(torch.from_numpy(train.x).float() / 255, torch.from_numpy(train.labels))
+    for name, given in (("gaussian", {}), ("bayesnet", {"bins": 4})):
+        family = models.family(name)
+        config = family.Config(**given)
+        model = family.Model(config, digits.space)
+        with torch.no_grad():
+            model.prepare([batch])
+        _checkpoint.save(folder / name, model, config, {"data": digits.description, "metrics": {}})
+    return folder
+
+
+def test_a_calibration_has_scores_and_maps_and_brings_the_spec_up_to_date(zoo: Path) -> None:
+    about = _checkpoint.read_about(zoo / "gaussian")
+    _checkpoint.update(
+        zoo / "gaussian", {"spec": {**about["spec"], "likelihood": None}}
+    )  # as an older version wrote it
+    assert main(["calibrate", str(zoo / "gaussian")]) == 0
+    made = unpack(_checkpoint.read_file(zoo / "gaussian", "calibration.safetensors"))
+    splits = data.load("digits").splits
+    assert made.n == len(splits["calibration"]) == len(made.scores)
+    assert "mahalanobis" in made.statistics
+    model = _checkpoint.load(zoo / "gaussian")
+    np.testing.assert_allclose(made.scores, np.sort(made.score(calibrate.described(model, splits["calibration"].x))))
+    assert made.maps is not None
+    heights = made.maps.heights([calibrate.surprises(model, splits["calibration"].x)])
+    np.testing.assert_allclose(made.maps.maxima, np.sort(heights.max(axis=(1, 2))))
+    spec = _checkpoint.read_about(zoo / "gaussian")["spec"]
+    assert spec == json.loads(json.dumps(model.spec.to_json()))
+
+
+def test_several_are_calibrated_together_over_the_statistics_of_all(zoo: Path) -> None:
+    out = zoo / "both"
+    assert main(["calibrate", str(zoo / "gaussian"), str(zoo / "bayesnet"), "--out", str(out)]) == 0
+    found = ensembles.unpack((out / "ensemble.json").read_bytes())
+    weights = [_checkpoint.read_about(zoo / name)["files"]["weights.safetensors"] for name in ("gaussian", "bayesnet")]
+    assert [(m.name, m.weights_sha256) for m in found.members] == list(
+        zip(["gaussian", "bayesnet"], weights, strict=True)
+    )
+    assert found.order(weights[::-1]) == (1, 0)
+    assert found.order(weights[:1]) is None
+    made = unpack((out / "calibration.safetensors").read_bytes())
+    assert made.sha256 == found.calibration_sha256
+    assert {"gaussian.nll_bits", "bayesnet.worst_tile", "complexity_bits"} <= set(made.statistics)
+    assert made.maps is not None
+    assert len(made.maps.centre) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "out", "message"),
+    [
+        (("gaussian", "bayesnet"), None, "a folder of its own: name one"),
+        (("gaussian",), "alone", "is for several checkpoints"),
+        (("gaussian", "bayesnet"), "gaussian", "is a model's folder"),
+        (("gaussian", "gaussian"), "twice", "have the same name"),
+    ],
+)
+def test_what_is_no_ensemble_is_refused_before_any_work(
+    zoo: Path, names: tuple[str, ...], out: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [] if out is None else ["--out", str(zoo / out)]
+    assert main(["calibrate", *(str(zoo / name) for name in names), *where]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("broken", [b"", b"[]", b'{"format": 2}', b'{"format": 1, "members": [{}], "files": {}}'])
+def test_what_is_no_ensemble_file_is_refused(broken: bytes) -> None:
+    with pytest.raises(ensembles.CalibrationError, match=r"ensemble\.json"):
+        ensembles.unpack(broken)
