@@ -304,6 +304,28 @@ def test_scores_are_values() -> None:
     assert first.heatmap is not None
     assert first.heatmap.getpixel((0, 0)) == 9
     assert (second.anomaly, second.heatmap, second.energy) == (None, None, None)
+    assert (second.mask, second.members) == (None, {})
+
+
+def test_an_ensembles_scores_have_those_of_its_members() -> None:
+    each = {"log_prob": -7.0, "bits_per_dim": 0.5, "stderr": None, "anomaly": None, "statistics": {"nll_bits": 10.0}}
+    together = {"log_prob": None, "bits_per_dim": None, "statistics": {"m.nll_bits": 10.0}, "heatmap": png(9)}
+    answer = {
+        **SCORED,
+        "model": ["m", "k"],
+        "family": ["glow", "ddpm"],
+        "kind": ["bound", "bound"],
+        "dequantisation": ["uniform K=1", "none"],
+        "results": [{**together, "mask": png(255), "members": {"m": each, "k": each}}],
+    }
+    with Server(httpx.Response(200, json=answer)).client() as well:
+        scores = well.score(["m", "k"], b"a", heatmap=True, confidence=0.95)
+    assert (scores.model, scores.kind) == (("m", "k"), ("bound", "bound"))
+    (score,) = scores
+    assert score.mask is not None
+    assert score.mask.getpixel((0, 0)) == 255
+    assert score.members["k"].log_prob == -7.0
+    assert score.log_prob is None
 
 
 # --------------------------------------------------------------------------------------------------------------- models

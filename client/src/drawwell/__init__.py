@@ -21,7 +21,7 @@ from drawwell.errors import (
     TransportError,
 )
 from drawwell.events import Completed, Drawn, Event, Progress, Queued
-from drawwell.schemas import Anomaly, Images, Model, Score, Scores
+from drawwell.schemas import Anomaly, Images, Model, ModelScore, Score, Scores
 
 __all__ = [
     "Anomaly",
@@ -36,6 +36,7 @@ __all__ = [
     "Images",
     "Invalid",
     "Model",
+    "ModelScore",
     "NotFound",
     "Progress",
     "Queued",

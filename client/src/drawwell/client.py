@@ -45,7 +45,9 @@ class ScoreSettings(TypedDict, total=False):
 
     label: str | int | None  # the class that the image is said to be of
     alpha: float  # the part of normal images that may be called anomalies (0.01)
-    heatmap: bool  # also show where in the image it is unlikely
+    confidence: float  # promise with it that the true part is at most alpha
+    fdr: float  # judge the images together: at most this part of those named is to be normal
+    heatmap: bool  # also show where in the image it is unlikely, and where it is an anomaly
     resize: bool  # bring images of another size to the model's
     priority: Literal["interactive", "batch"]
     timeout: float | None  # seconds after which the server shall give the request up

@@ -140,7 +140,7 @@ def score(well: Client, console: Console, models: Sequence[Model], drawn: dict[s
             for warning in scores.warnings:
                 same = re.sub(rf"(?<![\w-]){re.escape(scorer.id)}(?![\w-])", "…", warning)
                 warnings.setdefault(same, []).append(scorer.id)
-            table.add_row(scorer.id, scores.kind, *map(_told, scores))
+            table.add_row(scorer.id, str(scores.kind), *map(_told, scores))
             bar.advance(task)
     console.print(f"\nbits/dim (lower: likelier) and the verdict of calibrated models; pictures in {folder}")
     console.print(table)

@@ -239,7 +239,7 @@ class Anomaly(Schema):
         return f"{'anomaly' if self.is_anomaly else 'normal'} (p = {self.p_value:.3g}, alpha {self.alpha:g})"
 
 
-class Score(Schema):
+class ModelScore(Schema):
     """What a model says of one image."""
 
     log_prob: float | None = None  # nats of the whole 8-bit image; None where there is only an energy
@@ -249,7 +249,14 @@ class Score(Schema):
     converged: bool | None = None  # of an integral: whether half the steps give nearly the same
     anomaly: Anomaly | None = None  # None: the model is not calibrated
     statistics: dict[str, float | None] = Field(default_factory=dict)
-    heatmap: Picture | None = None
+
+
+class Score(ModelScore):
+    """What a model, or an ensemble, says of one image."""
+
+    heatmap: Picture | None = None  # levels: 0 the median of normal images; beyond 128 one in 100 of them at most
+    mask: Picture | None = None  # white where the image is an anomaly
+    members: dict[str, ModelScore] = Field(default_factory=dict)  # of an ensemble: what each model says by itself
 
 
 class Scored(Schema):
@@ -257,8 +264,8 @@ class Scored(Schema):
 
     model: str | tuple[str, ...]
     family: str | tuple[str, ...] | None = None
-    kind: str | None = None
-    dequantisation: str | None = None
+    kind: str | tuple[str, ...] | None = None
+    dequantisation: str | tuple[str, ...] | None = None
     results: tuple[Score, ...]
     calibration: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
