@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 MOST_ROUNDS = 7
+ROUNDS = 3  # that the time is laid out for
 PACKAGES = ("torch", "numpy", "httpx", "uvicorn", "fastapi")  # whose versions a result names
 
 T = TypeVar("T")
@@ -134,9 +135,23 @@ class Bench:
         """Seconds."""
         return self.seconds - (self.clock() - self.began)
 
-    def window(self, least: float, most: float, windows: int, share: float = 1.0) -> float:
-        """Seconds that one of so many windows may take, of a share of what is left."""
-        return min(max(share * self.left / max(windows, 1), least), most)
+    def window(
+        self,
+        windows: float,
+        least: float,
+        most: float,
+        fixed: float = 0.0,
+        good: float = 10.0,
+        seconds: float | None = None,
+    ) -> float:
+        """Seconds of one of so many windows a round, that takes `fixed` seconds besides, so that a few rounds fit into
+        the seconds (by default: what is left); fewer where their windows would be shorter than a good one."""
+        seconds = self.left if seconds is None else seconds
+        for rounds in range(min(ROUNDS, self.rounds), 0, -1):
+            window = (seconds / rounds - fixed) / max(windows, 1)
+            if window >= min(good, most):
+                break
+        return min(max(window, least), most)
 
     def interleaved(self, cases: Sequence[T], seconds: float | None = None) -> Iterator[tuple[int, T]]:
         """(round, case): every case in every round, as many rounds as fit into the seconds (by default: what is left).

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +22,13 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks._frame import ROOT
-from benchmarks._load import Job, Outcome, Phase, run
+from benchmarks._load import Job, Outcome, Phase, processor_seconds, run
+from service.settings import Settings
 from service.supervisor import device_list
 
 START = 600.0  # seconds that a server may take until it answers
+STARTING = 10.0  # seconds, about, that it takes to start and to end, on a quiet machine
+REST = 0.2  # of a core: a server that uses less has come to rest
 GRACE = 30.0  # seconds that it may take to end
 LINES = 30  # of its log that are told when it fails
 
@@ -85,22 +88,26 @@ def metric(url: str, name: str, **labels: str) -> float:
 def variants(parser: argparse.ArgumentParser) -> None:
     """Our server may be measured more than once, with other settings each time."""
     parser.add_argument(
-        "--variant", dest="variants", action="append", type=_variant, metavar="NAME[:SETTING=VALUE,...]",
-        help="our server, with these DRAWWELL_ settings and under this name; may be repeated (default: one, as it is)",
+        "--variant", dest="variants", action="append", nargs="+", metavar=("NAME", "SETTING=VALUE"),
+        help="our server with these DRAWWELL_ settings and under this name; may be repeated (default: as it is, with "
+        "all its fast ways to run networks, and with these in bfloat16)",
     )  # fmt: skip
 
 
-def _variant(text: str) -> tuple[str, dict[str, str]]:
-    name, _, settings = text.partition(":")
-    pairs = [pair.partition("=") for pair in settings.split(",") if pair]
-    if wrong := [key for key, _, _ in pairs if not key.startswith("DRAWWELL_")]:
-        raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: a setting's name begins with DRAWWELL_")
-    return name, {key: value for key, _, value in pairs}
-
-
-def of_variants(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """{name: settings}"""
-    return dict(args.variants or [("drawwell", {})])
+def of_variants(args: argparse.Namespace, models: Sequence[str]) -> dict[str, dict[str, str]]:
+    """{name: settings}. Raises `SystemExit` for a setting that is none."""
+    if not args.variants:
+        fast = {"DRAWWELL_MODES": "eager,channels-last,onnx,compile"}
+        low = {"DRAWWELL_PRECISION": ",".join(f"{model}=bfloat16" for model in models)}
+        known = {"drawwell": {}, "drawwell-fast": fast, "drawwell-bfloat16": {**fast, **low}}
+        return known if "modes" in Settings.model_fields else {"drawwell": {}}
+    found = {}
+    for name, *settings in args.variants:
+        pairs = [setting.partition("=") for setting in settings]
+        if wrong := [key for key, _, _ in pairs if key.removeprefix("DRAWWELL_").lower() not in Settings.model_fields]:
+            raise SystemExit(f"--variant {name}: {', '.join(wrong)}: no setting of the server")
+        found[name] = {key: value for key, _, value in pairs}
+    return found
 
 
 @contextmanager
@@ -134,7 +141,7 @@ def running(server: Server, *jobs: Job) -> Iterator[Running]:
                     log.seek(0)
                     last = log.read().decode(errors="replace").splitlines()[-LINES:]
                     raise RuntimeError(f"{server.name}: {problem}; its log ends:\n" + "\n".join(last))
-            _wait_until_ready(server, url)
+            _wait_until_ready(server, url, child.pid)
             yield Running(server, url, child.pid)
         finally:
             _end(child)
@@ -158,12 +165,19 @@ def _first_answer(url: str, job: Job, child: subprocess.Popen[bytes]) -> str | N
     return problem
 
 
-def _wait_until_ready(server: Server, url: str) -> None:
+def _wait_until_ready(server: Server, url: str, pid: int) -> None:
+    """All of it, and until nothing goes on in the background (code may be compiled there while requests are answered
+    without)."""
     began = time.monotonic()
     while not server.ready(url):
         if time.monotonic() - began > START:
             raise RuntimeError(f"{server.name}: it answers, but not all of it was ready within {START:.0f} s")
         time.sleep(0.2)
+    while time.monotonic() - began < START:
+        before = processor_seconds(pid)
+        time.sleep(1.0)
+        if processor_seconds(pid) - before < REST:
+            return
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

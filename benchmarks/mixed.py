@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 from benchmarks._frame import Bench, Results, alone
 from benchmarks._load import Job, Outcome, Phase
 from benchmarks._page import table
-from benchmarks._servers import Running, drawwell, running, subset
+from benchmarks._servers import STARTING, Running, drawwell, of_variants, running, subset, variants
 
 WEIGHT = 4.0
 LOADS = (0.5, 0.8, 1.0)  # of capacity
@@ -46,43 +48,40 @@ def models_mix(seconds: Mapping[str, float]) -> tuple[Job, ...]:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixes", nargs="+", choices=("steps", "models"), default=["steps", "models"])
+    variants(parser)
 
 
 def run(bench: Bench, args: argparse.Namespace) -> None:
-    share = 1 / len(args.mixes)
-    for k, mix in enumerate(args.mixes):
-        seconds = share * bench.seconds if k + 1 < len(args.mixes) else bench.left
-        (_steps if mix == "steps" else _models)(bench, args, seconds)
-
-
-def _steps(bench: Bench, args: argparse.Namespace, seconds: float) -> None:
-    window = min(max(seconds / 3 / (1.5 + len(LOADS)), LEAST), MOST)
-    jobs = steps_mix()
-    with subset(args.models, DDPM) as folder, running(drawwell(folder), *jobs) as server:
-        for number in _rounds(bench, seconds):
+    settings = of_variants(args, (DDPM, GAN))
+    cases = [(mix, name) for mix in args.mixes for name in settings]
+    # Saturation with half a window to warm up, three loads, and up to a window in all until the last answers are there;
+    # before it, half a window and what it takes to warm up for each of three models.
+    windows = sum(1.5 + len(LOADS) + 1 + (2.25 if mix == "models" else 0) for mix, _ in cases)
+    window = bench.window(windows, LEAST, MOST, STARTING * len(cases))
+    for number, (mix, name) in bench.interleaved(cases):
+        models = (DDPM,) if mix == "steps" else (GAN, DDPM, PIXELCNN)
+        each = [Job(model, {"model": model, "n": 1, "seed": 0}) for model in models]
+        case = {"server": name, "mix": mix}
+        with subset(args.models, *models) as folder, ours(folder, name, settings[name], each) as server:
+            jobs = steps_mix() if mix == "steps" else models_mix(_alone(bench, case, number, server, each, window))
             capacity = measure_capacity(server, jobs, window)
-            _record(bench, "steps", number, server, jobs, capacity, window)
+            _loads(bench, case, number, server, jobs, capacity, window)
 
 
-def _models(bench: Bench, args: argparse.Namespace, seconds: float) -> None:
-    names = (GAN, DDPM, PIXELCNN)
-    window = min(max(seconds / 3 / (0.5 * len(names) + 1.5 + len(LOADS)), LEAST), MOST)
-    alone_jobs = {name: Job(name, {"model": name, "n": 1, "seed": 0}) for name in names}
-    with subset(args.models, *names) as folder, running(drawwell(folder), *alone_jobs.values()) as server:
-        for number in _rounds(bench, seconds):
-            each = {}
-            for name, job in alone_jobs.items():
-                outcome = server.phase(closed((job,), window / 2))
-                each[name] = outcome.seconds / max(len(outcome.completed()), 1)
-                bench.record({"mix": "models", "job": name}, number, "images/s", alone=1 / each[name])
-            jobs = models_mix(each)
-            capacity = measure_capacity(server, jobs, window)
-            _record(bench, "models", number, server, jobs, capacity, window)
+def ours(folder: Path, name: str, settings: Mapping[str, str], jobs: Sequence[Job]) -> AbstractContextManager[Running]:
+    return running(drawwell(folder, name=name, environment=settings), *jobs)
 
 
-def _rounds(bench: Bench, seconds: float) -> Iterator[int]:
-    for number, _ in bench.interleaved([None], seconds):
-        yield number
+def _alone(
+    bench: Bench, case: Mapping[str, str], number: int, server: Running, each: Sequence[Job], window: float
+) -> dict[str, float]:
+    """Seconds that an image of each model takes, when nothing else is asked for."""
+    found = {}
+    for job in each:
+        outcome = server.phase(closed((job,), window / 2))
+        found[job.name] = outcome.seconds / max(len(outcome.completed()), 1)
+        bench.record({**case, "job": job.name}, number, "images/s", len(outcome.completed()), alone=1 / found[job.name])
+    return found
 
 
 def closed(jobs: tuple[Job, ...], window: float, workers: int | None = None) -> Phase:
@@ -97,19 +96,25 @@ def measure_capacity(server: Running, jobs: tuple[Job, ...], window: float) -> f
     return max(capacity, 1.0 / window)  # a window too short for any answer still gives a rate to go on with
 
 
-def _record(
-    bench: Bench, mix: str, number: int, server: Running, jobs: tuple[Job, ...], capacity: float, window: float
+def _loads(
+    bench: Bench,
+    case: Mapping[str, str],
+    number: int,
+    server: Running,
+    jobs: tuple[Job, ...],
+    capacity: float,
+    window: float,
 ) -> None:
-    bench.record({"mix": mix}, number, "requests/s", capacity=capacity)
+    bench.record(case, number, "requests/s", capacity=capacity)
     for load in LOADS:
-        phase = Phase(jobs, window, rate=load * capacity, drain=max(window, 5.0), seed=1000 * number + int(100 * load))
+        seed = 1000 * number + int(100 * load)  # the same arrivals for every variant of the server, at its own rate
+        phase = Phase(jobs, window, rate=load * capacity, drain=max(window, 5.0), seed=seed)
         before = _steps_and_rows(server)
         outcome = server.phase(phase)
         steps, rows = (after - b for after, b in zip(_steps_and_rows(server), before, strict=True))
-        case = {"mix": mix, "load": load}
-        record_outcome(bench, case, number, outcome)
+        record_outcome(bench, {**case, "load": load}, number, outcome)
         if steps > 0:
-            bench.record(case, number, "rows", int(steps), rows_a_step=rows / steps)
+            bench.record({**case, "load": load}, number, "rows", int(steps), rows_a_step=rows / steps)
 
 
 def _steps_and_rows(server: Running) -> tuple[float, float]:
@@ -132,23 +137,29 @@ def record_outcome(bench: Bench, case: Mapping[str, str | float], number: int, o
 
 
 def page(results: Results) -> dict[str, str]:
-    rows = []
-    for mix, load, job in results.cases("mix", "load", "job"):
-        whole = {"mix": mix, "load": load}
-        case = {**whole, "job": job}
+    rows, totals = [], []
+    for server, mix, load, job in results.cases("server", "mix", "load", "job"):
+        case = {"server": server, "mix": mix, "load": load, "job": job}
         times = [results.text(f"p{q}", 1000, **case) for q in (50, 95, 99)]
-        rows.append((mix, f"{load:.0%}", job, str(results.samples("p50", **case)), *times))
-    totals = []
-    for mix, load in dict.fromkeys((mix, load) for mix, load, _ in results.cases("mix", "load", "job")):
-        case = {"mix": mix, "load": load}
-        numbers = [
-            results.text(name, **case) for name in ("offered", "goodput", "failed", "utilisation", "rows_a_step")
-        ]
-        totals.append((mix, f"{load:.0%}", *numbers))
-    latencies = table(("mix", "load", "kind", "requests", "p50, ms", "p95, ms", "p99, ms"), rows)
-    header = ("mix", "load", "offered, requests/s", "goodput", "failed", "utilisation", "rows a step")
-    capacities = ", ".join(f"{m}: {results.text('capacity', mix=m)}" for (m,) in results.cases("mix"))
-    return {"mixed": f"Capacity, requests/s: {capacities}.\n\n{latencies}\n{table(header, totals)}"}
+        rows.append((server, mix, f"{load:.0%}", job, str(results.samples("p50", **case)), *times))
+    for server, mix, load in dict.fromkeys(case[:3] for case in results.cases("server", "mix", "load", "job")):
+        case = {"server": server, "mix": mix, "load": load}
+        names = ("offered", "goodput", "failed", "utilisation", "rows_a_step", "lag")
+        totals.append((server, mix, f"{load:.0%}", *(results.text(name, **case) for name in names)))
+    capacities = [
+        (server, mix, results.text("capacity", server=server, mix=mix))
+        for server, mix in results.cases("server", "mix")
+    ]
+    header = (
+        "server", "mix", "load", "offered, requests/s", "goodput ↑", "failed", "utilisation", "rows a step",
+        "the generator's own lag, s",
+    )  # fmt: skip
+    parts = (
+        table(("server", "mix", "capacity, requests/s ↑"), capacities),
+        table(("server", "mix", "load", "kind", "requests", "p50, ms ↓", "p95, ms ↓", "p99, ms ↓"), rows),
+        table(header, totals),
+    )
+    return {"mixed": "\n".join(parts)}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from benchmarks._frame import Bench, Results, alone, quotient, spread, turned
 from benchmarks._load import Job, Phase
 from benchmarks._page import table
-from benchmarks._servers import drawwell, running, subset
+from benchmarks._servers import STARTING, drawwell, running, subset
 from models import _checkpoint
 from models._protocol import Draw, Model
 
@@ -57,8 +57,8 @@ def _load(text: str) -> Load:
 def run(bench: Bench, args: argparse.Namespace) -> None:
     pools = [1] if bench.smallest else sorted({1, os.cpu_count() or 1})
     cases = [(load, workers) for load in args.loads for workers in pools]
-    # A round takes, of each case, two windows of the server and one of the bare loop, and half a window to warm up.
-    seconds = bench.window(LEAST, MOST, 3 * 4 * len(cases))
+    # A round takes, of each case, two windows of the server, each with half of one to warm up, and one of the loop.
+    seconds = bench.window(4 * len(cases), LEAST, MOST, fixed=STARTING * len(cases))
     with subset(args.models, *(load.model for load in args.loads)) as folder:
         loaded = {load.model: _checkpoint.load(folder / load.model) for load in args.loads}
         for number, (load, workers) in bench.interleaved(cases):

@@ -4,7 +4,7 @@
 
 Naive. Where a family draws pixel by pixel: a full forward pass for every pixel, extrapolated from a few, as their
 costs are all alike (`benchmarks.cache`). Elsewhere: `init`, `step` … `step`, `image` over the batch as torch does by
-itself, in one process with all cores.
+itself, in one process, with one thread or with one for each core: whichever is faster.
 
 Ours is what one machine draws when each core has a process of one thread, as the server's workers do: the sum over all
 of them while all of them draw.
@@ -61,14 +61,14 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     batches = args.batch[:1] if bench.smallest else args.batch
     cases = [(name, batch) for name in names for batch in batches]
     seconds = 0.6 * bench.seconds if args.quality else bench.left
-    window = min(max(seconds / 3 / len(cases) / (1 + len(MODES)), LEAST), MOST)
+    window = bench.window(len(cases) * (2 + len(MODES)), LEAST, MOST, 5.0 * len(cases), good=1.0, seconds=seconds)
     for number, (name, batch) in bench.interleaved(cases, seconds):
         case = {"model": name, "batch": batch}
         model = _checkpoint.load(args.models / name)
         if number == 0:
             bench.record({"model": name}, 0, "steps", steps=model.spec.steps.default)
-        count, took = naive(model, batch, window)
-        bench.record(case, number, "images/s", count, naive=count / took)
+        speeds = {f"naive_{threads}": naive(model, batch, window, threads) for threads in sorted({1, CORES})}
+        bench.record(case, number, "images/s", batch, **speeds, naive=max(speeds.values()))
         for mode in MODES:
             rate = every_core(args.models / name, mode, batch, window)
             bench.record({**case, "mode": mode}, number, "images/s", ours=rate)
@@ -91,21 +91,21 @@ def sampled(model: Model, asked: Sequence[Draw]) -> None:
 
 
 @torch.inference_mode()
-def naive(model: Model, batch: int, seconds: float) -> tuple[float, float]:
-    """Images of the naive sampler, and in how many seconds, with all cores: of a pixel model the part of a batch that
-    its full forward passes make; else whole batches, at least one."""
+def naive(model: Model, batch: int, seconds: float, threads: int) -> float:
+    """Images per second of the naive sampler: of a pixel model by the part of a batch that a full forward pass makes;
+    else of whole batches, at least one."""
     before = torch.get_num_threads()
-    torch.set_num_threads(CORES)
+    torch.set_num_threads(threads)
     try:
         if isinstance(model, PixelModel):
             asked = draws(model.spec, batch, 1, ("a picture",))
             labels = torch.tensor([draw.label for draw in asked])
             x = torch.randint(0, 256, (batch, *model.spec.image.shape)) / 255
             passes, took = _repeated(lambda: model.logits(x, labels), seconds, FORWARDS)
-            return batch * passes / model.spec.image.dims, took
+            return batch * passes / model.spec.image.dims / took
         asked = draws(model.spec, batch, 1, ("a picture",))
         times, took = _repeated(lambda: sampled(model, asked), seconds, 1)
-        return batch * times, took
+        return batch * times / took
     finally:
         torch.set_num_threads(before)
 
@@ -188,7 +188,7 @@ def page(results: Results) -> dict[str, str]:
         case = {"model": name, "batch": batch}
         ours, slow = results.values("ours", **case, mode=mode), results.values("naive", **case)
         speeds = (results.text("ours", **case, mode=mode), results.text("naive", **case), quotient(ours, slow))
-        rows.append((name, results.text("steps", model=name), str(batch), mode, *speeds))
+        rows.append((name, f"{results.values('steps', model=name)[0]:.0f}", str(batch), mode, *speeds))
     header = ("model", "steps", "batch", "mode", "images/s ↑", "naive", "speed-up ↑")
     parts = [table(header, rows)]
     quality_rows = [

@@ -56,7 +56,7 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     sides = ("generate", "score")
     # A round takes, of each model and batch, a bare window, a served one with half of it to warm up, and half of one
     # for the latency; of each side, half a window to find the rate, a quiet and a busy one.
-    window = bench.window(LEAST, MOST, 3 * (3 * len(models) * len(batches) + 3 * len(sides)))
+    window = bench.window(3 * len(models) * len(batches) + 3 * len(sides), LEAST, MOST)
     torch.set_num_threads(1)
     with subset(args.models, *models, DDPM) as folder:
         loaded = {name: _checkpoint.load(folder / name) for name in models}

@@ -32,6 +32,7 @@ from benchmarks import _frame, _load, _page, _servers
 from benchmarks._frame import Bench, Results, digits, percentile, spread, turned
 from benchmarks._load import Job, Outcome, Phase, arrivals, closed_loop, open_loop
 from benchmarks.peers._sampling import Asked, Painter
+from service.settings import Settings
 
 PIXELCNN = {"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}
 
@@ -328,11 +329,33 @@ def test_a_wrong_command_line_is_refused(arguments: list[str], monkeypatch: pyte
 def test_a_variant_is_a_name_with_settings() -> None:
     parser = argparse.ArgumentParser()
     _servers.variants(parser)
-    args = parser.parse_args(["--variant", "drawwell", "--variant", "fast:DRAWWELL_A=1,DRAWWELL_B=x=y"])
-    assert _servers.of_variants(args) == {"drawwell": {}, "fast": {"DRAWWELL_A": "1", "DRAWWELL_B": "x=y"}}
-    assert _servers.of_variants(parser.parse_args([])) == {"drawwell": {}}
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--variant", "fast:PATH=/"])
+
+    def variants(*arguments: str) -> dict[str, dict[str, str]]:
+        return _servers.of_variants(parser.parse_args(arguments), ("a", "b"))
+
+    asked = variants("--variant", "plain", "--variant", "small", "DRAWWELL_MAX_ROWS=4", "DRAWWELL_DEVICES=cpu,cpu")
+    assert asked == {"plain": {}, "small": {"DRAWWELL_MAX_ROWS": "4", "DRAWWELL_DEVICES": "cpu,cpu"}}
+    assert variants()["drawwell"] == {}, "the server as it is, first of all"
+    for settings in variants().values():
+        environment = {key.removeprefix("DRAWWELL_").lower(): value for key, value in settings.items()}
+        assert Settings(**environment)
+    for wrong in ("PATH=/", "DRAWWELL_SPEED=11"):
+        with pytest.raises(SystemExit, match="no setting"):
+            variants("--variant", "x", wrong)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "window", "rounds"),
+    [(0.0, 2.0, 1), (100.0, 8.0, 1), (250.0, 10.5, 2), (1000.0, 31.333, 3), (1e6, 60.0, 3)],
+)
+def test_windows_are_laid_out_for_a_few_rounds_or_for_good_ones(
+    tmp_path: Path, seconds: float, window: float, rounds: int
+) -> None:
+    """Ten windows a round and 20 s besides."""
+    made, _ = bench(tmp_path, seconds)
+    found = made.window(10, least=2.0, most=60.0, fixed=20.0)
+    assert found == pytest.approx(window, rel=1e-3)
+    assert rounds * (10 * found + 20.0) <= max(seconds, 10 * 2.0 + 20.0) + 1e-6
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def main() -> int:
         return 0
     with subset(args.models, *(asked.model for asked in ASKED)) as folder:
         ours = [] if args.names else [drawwell(folder)]
-        servers = [*ours, *(PEERS[name].server(folder, PEERS[name].settings[-1]) for name in names)]
+        servers = [*ours, *(PEERS[name].server(folder, PEERS[name].settings[0]) for name in names)]
         return max([check(server, folder) for server in servers])
 
 

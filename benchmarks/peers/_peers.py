@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 VENVS = ROOT / ".venv-peers"
 TORCH = "drawwell.pth"  # in an environment: where torch is
 CORES = os.cpu_count() or 1
-SIZES = (1, 8, 32)  # of a batch that are tried
+SIZES = (32, 8, 1)  # of a batch that are tried
 ALWAYS = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
@@ -35,7 +35,7 @@ ALWAYS = {
 class Peer:
     name: str
     command: Callable[[str, int], list[str]]  # of an environment's python, for a port
-    settings: tuple[Mapping[str, str], ...]  # that are tried; environment variables
+    settings: tuple[Mapping[str, str], ...]  # that are tried, the most promising first; environment variables
     title: str
 
     @property
@@ -86,8 +86,8 @@ def _batches(**waits: str) -> tuple[Mapping[str, str], ...]:
     """Sizes of a batch, and what is joined to one; a batch of one is the same either way."""
     return tuple(
         {"PEER_BATCH": str(size), "PEER_JOIN": join, **waits}
-        for size, join in product(SIZES, ("steps", "any"))
-        if size > 1 or join == "steps"
+        for size, join in product(SIZES, ("any", "steps"))
+        if size > 1 or join == "any"
     )
 
 

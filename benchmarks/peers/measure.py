@@ -20,15 +20,13 @@ from pathlib import Path
 from benchmarks._frame import Bench, Results, alone
 from benchmarks._load import Job, Phase
 from benchmarks._page import table
-from benchmarks._servers import Running, Server, drawwell, of_variants, running, subset, variants
+from benchmarks._servers import STARTING, Running, Server, drawwell, of_variants, running, subset, variants
 from benchmarks.mixed import DDPM, GAN, LOADS, closed, record_outcome, steps_mix
 from benchmarks.peers._peers import PEERS
 
 WEIGHT = 8.0
 TUNING = 0.2  # of the time
-STARTING = 15.0  # seconds, about, until a server has started and ended
-ROUNDS = 3  # that the time is laid out for
-LEAST, MOST = 1.5, 90.0  # seconds of a window
+LEAST, ENOUGH, MOST = 1.5, 5.0, 90.0  # seconds of a window: at least; to tell two settings apart; at most
 SHORT, LONG = "10 steps", "200 steps"
 
 
@@ -44,18 +42,19 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     if not names:
         raise SystemExit("peers: none is set up; python -m benchmarks.peers setup")
     with subset(args.models, DDPM, GAN) as folder:
-        ours = [drawwell(folder, name=name, environment=given) for name, given in of_variants(args).items()]
+        settings = of_variants(args, (DDPM, GAN))
+        ours = [drawwell(folder, name=name, environment=given) for name, given in settings.items()]
         theirs, capacity = _tuned(bench, names, folder)
         servers = [*ours, *theirs]
-        window = bench.left / ROUNDS / len(servers) - STARTING
-        window = min(max(window / _WINDOWS, LEAST), MOST)
+        window = bench.window(_WINDOWS * len(servers), LEAST, MOST, STARTING * len(servers))
         for number, server in bench.interleaved(servers):
             with running(server, *steps_mix(), _gan()) as started:
                 _side(bench, number, started, capacity, window)
 
 
-# A window of warm and cold saturation is one and a half; then three loads, and the two of the GAN.
-_WINDOWS = 1.5 + len(LOADS) + 1.5 * 0.5 + 0.5
+# Saturation with half a window to warm up; three loads, and up to as long again until the last answers are there; the
+# same of the GAN in half the time; and its single client.
+_WINDOWS = 1.5 + 2 * len(LOADS) + 1.5 * 0.5 + 0.5
 
 
 def _gan() -> Job:
@@ -64,7 +63,8 @@ def _gan() -> Job:
 
 def _tuned(bench: Bench, names: list[str], folder: Path) -> tuple[list[Server], float]:
     """Each peer with the settings that serve it best, and the greatest capacity of all."""
-    tried = {name: PEERS[name].settings[-1:] if bench.smallest else PEERS[name].settings for name in names}
+    affordable = int(TUNING * bench.seconds / (STARTING + 1.5 * ENOUGH) / len(names))  # settings of each
+    tried = {name: PEERS[name].settings[: max(affordable, 1)] for name in names}
     count = sum(len(settings) for settings in tried.values())
     window = min(max((TUNING * bench.seconds / count - STARTING) / 1.5, LEAST), MOST)
     best: dict[str, tuple[float, Server]] = {}
