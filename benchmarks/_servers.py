@@ -28,6 +28,7 @@ from service.supervisor import device_list
 
 START = 600.0  # seconds that a server may take until it answers
 STARTING = 10.0  # seconds, about, that it takes to start and to end, on a quiet machine
+POLL = 0.5  # seconds between questions whether it does
 REST = 0.2  # of a core: a server that uses less has come to rest
 GRACE = 30.0  # seconds that it may take to end
 LINES = 30  # of its log that are told when it fails
@@ -150,18 +151,19 @@ def running(server: Server, *jobs: Job) -> Iterator[Running]:
 def _first_answer(url: str, job: Job, child: subprocess.Popen[bytes]) -> str | None:
     """Ask until the answer is there; what is wrong where it does not come."""
     began, problem = time.monotonic(), "no answer"
-    while time.monotonic() - began < START:
-        if child.poll() is not None:
-            return f"it ended with status {child.returncode}"
-        try:
-            answer = httpx.post(url + job.path, json=job.body, headers={"Accept": job.accept}, timeout=START)
-        except httpx.TransportError as e:
-            problem = repr(e)
-        else:
-            if answer.status_code == 200:
-                return None
-            problem = f"{job.name}: {answer.status_code} {answer.text[:500]}"
-        time.sleep(0.2)
+    with httpx.Client(base_url=url, headers={"Accept": job.accept}, timeout=START) as client:
+        while time.monotonic() - began < START:
+            if child.poll() is not None:
+                return f"it ended with status {child.returncode}"
+            try:
+                answer = client.post(job.path, json=job.body)
+            except httpx.TransportError as e:
+                problem = repr(e)
+            else:
+                if answer.status_code == 200:
+                    return None
+                problem = f"{job.name}: {answer.status_code} {answer.text[:500]}"
+            time.sleep(POLL)
     return problem
 
 
@@ -172,7 +174,7 @@ def _wait_until_ready(server: Server, url: str, pid: int) -> None:
     while not server.ready(url):
         if time.monotonic() - began > START:
             raise RuntimeError(f"{server.name}: it answers, but not all of it was ready within {START:.0f} s")
-        time.sleep(0.2)
+        time.sleep(POLL)
     while time.monotonic() - began < START:
         before = processor_seconds(pid)
         time.sleep(1.0)

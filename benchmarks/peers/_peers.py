@@ -24,6 +24,7 @@ ALWAYS = {
     "PYTHONPATH": str(ROOT),
     "BENTOML_DO_NOT_TRACK": "True",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # as every other server's processes run
     "RAY_AUTH_MODE": "disabled",  # a cluster of one machine,
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # by the loopback alone: its name is of the systems where that is usual
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # a machine that others keep busy starts slowly

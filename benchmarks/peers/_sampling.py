@@ -79,21 +79,31 @@ class Painter:
             for sample in range(request.n):
                 draws.append(Draw(request.seed, sample, self._steps(request), solver))
                 owners.append(i)
-        with torch.inference_mode():
-            rows: Any = model.init(draws)
-            while owners:
-                rows = model.step(rows)
-                left = rows.left.tolist()
-                if min(left) > 0:
-                    continue
-                done = [k for k, n in enumerate(left) if n == 0]  # whole requests: their images take the same steps
-                images = (model.image(_rows.take(rows, done)) * 255).round().to(torch.uint8).numpy()
-                for i in dict.fromkeys(owners[k] for k in done):
-                    yield i, png(images[[owners[k] == i for k in done]])
-                going = [k for k, n in enumerate(left) if n > 0]
-                owners = [owners[k] for k in going]
-                if going:
-                    rows = _rows.take(rows, going)
+        rows = _begun(model, draws)
+        while owners:
+            rows, done, images = _until_some_finish(model, rows)
+            for i in dict.fromkeys(owners[k] for k in done):  # whole requests: their images take the same steps
+                yield i, png(images[[owners[k] == i for k in done]])
+            owners = [owner for k, owner in enumerate(owners) if k not in set(done)]
+
+
+# No generator: inference mode belongs to a thread, and a generator may go on in another one.
+@torch.inference_mode()
+def _begun(model: Model, draws: Sequence[Draw]) -> Any:
+    return model.init(draws)
+
+
+@torch.inference_mode()
+def _until_some_finish(model: Model, rows: Any) -> tuple[Any, list[int], NDArray[np.uint8]]:
+    """The rows that go on, the indices of those that are finished, and their images (B, C, H, W)."""
+    while True:
+        rows = model.step(rows)
+        left = rows.left.tolist()
+        if min(left) == 0:
+            break
+    done, going = ([k for k, n in enumerate(left) if (n == 0) == finished] for finished in (True, False))
+    images = (model.image(_rows.take(rows, done)) * 255).round().to(torch.uint8).numpy()
+    return _rows.take(rows, going), done, images
 
 
 def png(images: NDArray[np.uint8]) -> bytes:

@@ -36,9 +36,9 @@ class Drawing:
         over: set[int] = set()
         while (found := await asyncio.to_thread(next, answers, None)) is not None:
             index, png = found
-            yield [png if i == index else StopIteration() if i in over else None for i in range(len(asked))]
+            yield [png if i == index else StopIteration if i in over else None for i in range(len(asked))]
             over.add(index)
-            yield [StopIteration() if i in over else None for i in range(len(asked))]
+            yield [StopIteration if i in over else None for i in range(len(asked))]
 
     async def __call__(self, request: Request) -> Response:
         png = b""
