@@ -34,7 +34,7 @@ BLOCK_SECONDS = 0.25  # that a worker's look for jobs waits for one, before it a
 AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
 NOT_NOW = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "OOM", "MISCONF")  # replies of a server in trouble
 
-_SCRIPTS = ("submit", "take", "publish", "cancel", "renew", "hand_back", "reap")
+_SCRIPTS = ("submit", "claim", "take", "publish", "cancel", "renew", "hand_back", "reap")
 _FOLDER = Path(__file__).with_name("lua")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import abc
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from service.scheduler import Load
@@ -23,6 +24,7 @@ Priority: TypeAlias = Literal["interactive", "batch"]
 
 MAX_DEATHS = 3  # workers that may stop while they do this job and no other: after that it is given up
 SUSPECT = 2  # deaths, in whatever company, after which a worker does a job alone, to see whether it is to blame
+NOBODY: Mapping[str, Sequence[str]] = MappingProxyType({})  # model -> no tenant
 CANCELLED = "cancelled"  # why a job was lost that nobody wanted any longer
 
 
@@ -200,9 +202,15 @@ class Claims(abc.ABC):
         """Tell what this worker can do, now and whenever that changes."""
 
     @abc.abstractmethod
-    async def claim(self, models: Sequence[str], absent: Sequence[str] = ()) -> Job:
+    async def claim(
+        self, models: Sequence[str], absent: Sequence[str] = (), enough: Mapping[str, Sequence[str]] = NOBODY
+    ) -> Job:
         """Wait for a job for one of `models`, which are in memory, or for one of `absent`, which would have to be
         loaded first; take it. Jobs for the latter go rather to a worker that has the model in memory and asks as well.
+        `enough` says of whom no more is wanted: model -> tenants.
+
+        Interactive jobs come before batch jobs, unless these came ten seconds earlier. Among the jobs of one priority
+        for one model, tenants take turns by the work that each was given.
         """
 
     @abc.abstractmethod

@@ -2,13 +2,13 @@
 
 Frames on a socket are a 4-byte big-endian length and a msgpack list:
 
-    worker -> API   ["announce", state]   ["claim", [model, ...], [model to be loaded, ...]]
-                    ["publish", job id, [[payload, final], ...]]
+    worker -> API   ["announce", state]   ["claim", [model, ...], [model to be loaded, ...], {model: [tenant of whom
+    there is enough, ...]}] ["publish", job id, [[payload, final], ...]]
                     ["hand-back", [job id, ...]]
     API -> worker   ["job", job]          ["cancel", job id]
 
 A claim stands until a job answers it or a newer claim replaces it. When a worker's socket closes, its jobs are queued
-again, at the front.
+again, in their old places.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import socket
 import struct
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,6 +30,7 @@ import msgpack
 from service.broker import (
     CANCELLED,
     MAX_DEATHS,
+    NOBODY,
     Broker,
     Claims,
     Event,
@@ -45,6 +46,8 @@ from service.broker import (
     state_in,
 )
 from service.forecast import retry_after
+from service.scheduler import AGEING
+from service.turns import Place, Turns
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ class _Record:
 
     job: Job
     submitted: float  # on the broker's clock
+    place: Place  # in its queue
     worker: str | None = None  # who has it; None while it is queued
     began: bool = False  # whether that one has told anything of it
     events: list[Event] = field(default_factory=list)
@@ -73,6 +77,7 @@ class _Link:
     state: WorkerState | None = None
     wanted: frozenset[str] = frozenset()  # the standing claim: models in memory,
     absent: frozenset[str] = frozenset()  # and such as it would load
+    enough: Mapping[str, Sequence[str]] = field(default_factory=dict)  # model -> tenants of whom it wants no more
     jobs: dict[str, None] = field(default_factory=dict)
 
 
@@ -92,7 +97,7 @@ class LocalBroker(Broker):
     ) -> None:
         self._limit, self._keep, self._grace, self._clock = queue_units, keep, grace, clock
         self._records: dict[str, _Record] = {}
-        self._queues: dict[str, deque[str]] = {"interactive": deque(), "batch": deque()}
+        self._queues: dict[tuple[str, str], Turns] = {}  # priority, model -> jobs that wait
         self._links: dict[str, _Link] = {}
         self._keys: dict[str, str] = {}  # idempotency key -> job
         self._units = 0
@@ -113,11 +118,11 @@ class LocalBroker(Broker):
             over = self._units + job.units - self._limit
             wait = retry_after(over, self._units, await self.pool(), self._waiting)
             raise QueueFull(wait, self._units, self._limit)
-        self._records[job.id] = _Record(job, self._clock())
+        place = self._queue(job).add(job.id, job.tenant, job.units)
+        self._records[job.id] = _Record(job, self._clock(), place)
         self._units += job.units
         if job.key is not None:
             self._keys[job.key] = job.id
-        self._queues[job.priority].append(job.id)
         self._count(job, 1)
         self._dispatch()
         return job.id
@@ -127,7 +132,7 @@ class LocalBroker(Broker):
         if record is None or record.ended:
             return
         if record.worker is None:
-            self._queues[record.job.priority].remove(job_id)
+            self._queue(record.job).remove(record.place)
             self._count(record.job, -1)
             self._end(record, lost=CANCELLED)
         else:
@@ -158,9 +163,10 @@ class LocalBroker(Broker):
         record = self._records[job_id]
         if record.worker is not None or record.ended:
             return 0
-        lanes = ["interactive"] if record.job.priority == "interactive" else ["interactive", "batch"]
-        ahead = [j for lane in lanes for j in self._queues[lane]]
-        return ahead.index(job_id)
+        ahead = self._queue(record.job).position(record.place)
+        if record.job.priority == "batch":
+            ahead += len(self._queues.get(("interactive", record.job.model), ()))
+        return ahead
 
     async def queued_units(self) -> int:
         return self._units
@@ -194,7 +200,7 @@ class LocalBroker(Broker):
             link.state = state_in(rest[0])
             self._fail_unservable()
         elif kind == "claim":
-            link.wanted, link.absent = frozenset(rest[0]), frozenset(rest[1])
+            link.wanted, link.absent, link.enough = frozenset(rest[0]), frozenset(rest[1]), rest[2]
             self._dispatch()
         elif kind == "publish":
             job_id, events = rest
@@ -215,28 +221,35 @@ class LocalBroker(Broker):
             self._queue_again(mine, attempts=0)
 
     def _dispatch(self) -> None:
-        """Give queued jobs to the workers that wait for them: to those that have the model in memory, the least loaded
-        first.
+        """Give queued jobs to the workers that wait for them, those of the queue whose first one came first before
+        others; to workers that have the model in memory, the least loaded first.
         """
-        for queue in self._queues.values():
-            for job_id in list(queue):
-                record = self._records[job_id]
-                model = record.job.model
-                takers = [
-                    (model in link.absent, len(link.jobs), name)
-                    for name, link in self._links.items()
-                    if model in link.wanted or model in link.absent
-                ]
-                if not takers:
-                    continue
-                name = min(takers)[2]
-                link = self._links[name]
-                queue.remove(job_id)
-                self._count(record.job, -1)
-                record.worker, record.began, link.wanted, link.absent = name, False, frozenset(), frozenset()
-                link.jobs[job_id] = None
-                waited = self._clock() - record.submitted
-                _send(link.writer, "job", dataclasses.asdict(dataclasses.replace(record.job, queued_seconds=waited)))
+        for (_, model), queue in sorted(self._queues.items(), key=lambda of: self._came(*of)):
+            takers = [
+                (model in link.absent, len(link.jobs), name)
+                for name, link in self._links.items()
+                if model in link.wanted or model in link.absent
+            ]
+            for _, _, name in sorted(takers):
+                if (place := queue.first(self._links[name].enough.get(model, ()))) is not None:
+                    queue.take(place)
+                    self._give(place.job, name)
+
+    def _came(self, of: tuple[str, str], queue: Turns) -> float:
+        """When the first job came; a batch job counts as if it had come later."""
+        place = queue.first()
+        if place is None:
+            return math.inf
+        return self._records[place.job].submitted + (AGEING if of[0] == "batch" else 0.0)
+
+    def _give(self, job_id: str, name: str) -> None:
+        link, record = self._links[name], self._records[job_id]
+        self._count(record.job, -1)
+        record.worker, record.began = name, False
+        link.wanted = link.absent = frozenset()
+        link.jobs[job_id] = None
+        waited = self._clock() - record.submitted
+        _send(link.writer, "job", dataclasses.asdict(dataclasses.replace(record.job, queued_seconds=waited)))
 
     def _give_back(self, name: str, link: _Link) -> None:
         """A worker is gone: its jobs go to others."""
@@ -255,11 +268,11 @@ class LocalBroker(Broker):
         self._queue_again(link.jobs, attempts=1)
 
     def _queue_again(self, jobs: Mapping[str, None], attempts: int) -> None:
-        """Queue jobs of a worker in their order, ahead of the others."""
-        for job_id in reversed(list(jobs)):
+        """Queue jobs of a worker in their old places."""
+        for job_id in jobs:
             record = self._records[job_id]
             record.job, record.worker = dataclasses.replace(record.job, attempt=record.job.attempt + attempts), None
-            self._queues[record.job.priority].appendleft(job_id)
+            self._queue(record.job).put_back(record.place)
             self._count(record.job, 1)
         self._dispatch()
 
@@ -269,11 +282,11 @@ class LocalBroker(Broker):
         if not all(state is not None and state.ready for state in states):
             return
         served = {m for state in states if state for m, s in state.models.items() if s.status != "failed"}
-        for queue in self._queues.values():
-            for job_id in [j for j in queue if self._records[j].job.model not in served]:
-                queue.remove(job_id)
-                self._count(self._records[job_id].job, -1)
-                self._end(self._records[job_id], lost=f"no worker serves {self._records[job_id].job.model} any longer")
+        for (_, model), queue in self._queues.items():
+            for place in list(queue) if model not in served else ():
+                queue.remove(place)
+                self._count(self._records[place.job].job, -1)
+                self._end(self._records[place.job], lost=f"no worker serves {model} any longer")
 
     def _end(self, record: _Record, lost: str | None = None) -> None:
         record.ended, record.lost = True, lost
@@ -291,6 +304,9 @@ class LocalBroker(Broker):
         if any(link.state is not None and link.state.ready for link in self._links.values()):
             self._ready_at = now
         return self._ready_at is not None and now - self._ready_at <= self._grace
+
+    def _queue(self, job: Job) -> Turns:
+        return self._queues.setdefault((job.priority, job.model), Turns())
 
     def _count(self, job: Job, jobs: int) -> None:
         """Into the books of what waits, or out of them."""
@@ -325,9 +341,12 @@ class LocalClaims(Claims):
         _send(self._writer, "announce", dataclasses.asdict(state))
         await self._writer.drain()
 
-    async def claim(self, models: Sequence[str], absent: Sequence[str] = ()) -> Job:
+    async def claim(
+        self, models: Sequence[str], absent: Sequence[str] = (), enough: Mapping[str, Sequence[str]] = NOBODY
+    ) -> Job:
         if self._jobs.empty():
-            _send(self._writer, "claim", list(models), list(absent))
+            described = {model: list(tenants) for model, tenants in enough.items()}
+            _send(self._writer, "claim", list(models), list(absent), described)
             await self._writer.drain()
         return await self._jobs.get()
 
@@ -340,7 +359,7 @@ class LocalClaims(Claims):
         await self._writer.drain()
 
     async def hand_back(self, job_ids: Sequence[str]) -> None:
-        _send(self._writer, "claim", [], [])  # or they might come back at once
+        _send(self._writer, "claim", [], [], {})  # or they might come back at once
         _send(self._writer, "hand-back", list(job_ids))
         await self._writer.drain()
 

@@ -1,6 +1,9 @@
 """The broker of many machines: API processes and workers share one Redis (6.2 or later).
 
-    {drawwell}:q:<priority>:<model>   streams of jobs, read by the consumer group "workers"
+    {drawwell}:q:<priority>:<model>   a sorted set: queued jobs in the order in which tenants take turns (decision 9)
+    {drawwell}:q:…:given, clock       for that: what each tenant was given, and how far the turns have come
+    {drawwell}:bell:<model>           a list: a token for each job that came, for which workers without work wait
+    {drawwell}:running:<model>        a stream: jobs that workers of the consumer group "workers" claim
     {drawwell}:job:<id>               a hash: the job, its state, who has it, how often it was tried
     {drawwell}:events:<id>            a stream: what was told of it; entry n-0 is event number n
     {drawwell}:blob:<uuid>            a payload too large to stand in the way of others
@@ -48,6 +51,7 @@ from service._redis import (
 from service.broker import (
     CANCELLED,
     MAX_DEATHS,
+    NOBODY,
     Broker,
     BrokerAway,
     Claims,
@@ -64,12 +68,13 @@ from service.broker import (
     state_in,
 )
 from service.forecast import retry_after
+from service.scheduler import AGEING
 
 log = logging.getLogger(__name__)
 
 GROUP = "workers"
 POLL_SECONDS = 1.0  # between looks without being told, in case a message on a channel was lost
-POSITIONS = 1000  # that a place in a queue is counted up to
+GONE_SECONDS = 60.0  # that a worker is silent before what Redis keeps of it is forgotten
 LONGEST = 24 * 3600.0  # seconds that a job without a timeout of its own may take
 
 
@@ -112,7 +117,7 @@ class RedisBroker(Broker):
         answer = await reached(
             self._store.run(
                 "submit",
-                *(job.id, _queue(job.priority, job.model), job.model, job.priority),
+                *(job.id, job.model, job.priority, job.tenant),
                 *(_job_out(described), job.units, self._limit),
                 *(int(1000 * (job.timeout or LONGEST)), int(1000 * self._keep), self._home),
                 *(job.key or "", job.digest, json.dumps(job.line), job.rows * job.steps),
@@ -193,17 +198,17 @@ class RedisBroker(Broker):
         return Status(job, state.decode(), None if lost is None else lost.decode())
 
     async def position(self, job_id: str) -> int:
-        """Among the jobs for the same model."""
-        state, model, priority, entry = await reached(
-            self._store.commands.hmget(_key(job_id), "state", "model", "priority", "entry")
+        """Among the jobs for the same model; tenants that come meanwhile may take turns with this one's."""
+        state, queue, place, model, priority = await reached(
+            self._store.commands.hmget(_key(job_id), "state", "queue", "place", "model", "priority")
         )
         if state is None:
             raise KeyError(job_id)
-        if state != b"queued":
+        ahead: int | None = await reached(self._store.commands.zrank(queue, place))
+        if ahead is None:
             return 0
-        ahead = await self._queued(_queue(priority.decode(), model.decode()), f"({entry.decode()}")
         if priority == b"batch":
-            ahead += await self._queued(_queue("interactive", model.decode()), "+")
+            ahead += await reached(self._store.commands.zcard(_queue("interactive", model.decode())))
         return ahead
 
     async def queued_units(self) -> int:
@@ -220,11 +225,6 @@ class RedisBroker(Broker):
         return list(self._pool)
 
     # ------------------------------------------------------------------------------------------------------ the inside
-
-    async def _queued(self, queue: str, upto: str) -> int:
-        """Entries of a queue, up to that one, that no worker was given; no more than POSITIONS are counted."""
-        last = await reached(_last_delivered(self._store.commands, queue))
-        return len(await reached(self._store.commands.xrange(queue, f"({last}", upto, POSITIONS)))
 
     async def _anyone(self) -> bool:
         await self.pool()
@@ -248,11 +248,11 @@ class RedisBroker(Broker):
         for queue in await self._store.commands.smembers(f"{PREFIX}queues"):
             model = queue.decode().removeprefix(f"{PREFIX}q:").partition(":")[2]
             if model not in served:
-                for _, fields in await self._store.commands.xrange(queue, count=1000):
-                    await self._store.run("cancel", fields[b"job"], f"no worker serves {model} any longer")
+                for place in await self._store.commands.zrange(queue, 0, 999):
+                    await self._store.run("cancel", place.split(b" ")[2], f"no worker serves {model} any longer")
 
     async def _tidy(self) -> None:
-        await self._store.run("reap", 1000)
+        await self._store.run("reap", 1000, int(1000 * GONE_SECONDS))
 
     async def _hear(self) -> None:
         """News of jobs, by the channel of this process and those of jobs that others submitted."""
@@ -298,12 +298,12 @@ class RedisClaims(Claims):
         self._store, self.name = Store(url), f"{name}-{uuid.uuid4().hex[:12]}"
         self._claim_seconds, self._keep = claim_seconds, keep
         self._held: dict[str, Job] = {}
-        self._wanted: tuple[str, ...] = ()
+        self._wanted: dict[str, Sequence[str]] = {}  # model in memory -> tenants of whom there is enough
+        self._absent: dict[str, Sequence[str]] = {}  # the same of models that would have to be loaded
         self._wants = asyncio.Event()
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._dropped: asyncio.Queue[str] = asyncio.Queue()
         self._state: WorkerState | None = None
-        self._groups: set[str] = set()  # queues that are known to have their consumer group
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -324,14 +324,16 @@ class RedisClaims(Claims):
         with contextlib.suppress(*AWAY):  # the next beat tells
             await self._beat()
 
-    async def claim(self, models: Sequence[str], absent: Sequence[str] = ()) -> Job:
-        self._wanted = (*models, *absent)
+    async def claim(
+        self, models: Sequence[str], absent: Sequence[str] = (), enough: Mapping[str, Sequence[str]] = NOBODY
+    ) -> Job:
+        self._wanted = {model: enough.get(model, ()) for model in models}
+        self._absent = {model: enough.get(model, ()) for model in absent}
         self._wants.set()
         try:
             return await self._jobs.get()
         finally:
-            self._wanted = ()
-            self._wants.clear()
+            self._want_nothing()
 
     async def cancellations(self) -> AsyncIterator[str]:
         while True:
@@ -360,7 +362,7 @@ class RedisClaims(Claims):
             self._dropped.put_nowait(job_id)
 
     async def hand_back(self, job_ids: Sequence[str]) -> None:
-        self._wanted = ()
+        self._want_nothing()
         mine = [self._held.pop(job_id) for job_id in job_ids if job_id in self._held]
         if mine:
             arguments = [part for job in mine for part in (job.id, job.attempt)]
@@ -368,50 +370,56 @@ class RedisClaims(Claims):
 
     # ------------------------------------------------------------------------------------------------------ the inside
 
+    def _want_nothing(self) -> None:
+        self._wanted, self._absent = {}, {}
+        self._wants.clear()
+
     async def _read(self) -> None:
-        """Jobs for the models that are wanted, interactive ones first, as long as any are."""
+        """Jobs that are wanted, as long as any are. Those of models that are not in memory are looked for no oftener
+        than others wait for a bell: a worker that has the model is sooner there.
+        """
+        looked = 0.0
         while True:
             check_cancelled()
             await self._wants.wait()
-            models = random.sample(self._wanted, len(self._wanted))
-            if not models or not self._jobs.empty():
+            if not self._jobs.empty():
                 await self._jobs_taken()
                 continue
-            urgent, patient = ([_queue(p, model) for model in models] for p in ("interactive", "batch"))
+            wanted, now = dict(self._wanted), time.monotonic()
+            if self._absent and now - looked >= BLOCK_SECONDS:
+                wanted, looked = {**wanted, **self._absent}, now
             try:
-                await self._ensure_groups(urgent + patient)
-                for queues, block in ((urgent, None), (patient, None), (urgent + patient, int(1000 * BLOCK_SECONDS))):
-                    found = await self._store.waiting.xreadgroup(
-                        GROUP, self.name, dict.fromkeys(queues, ">"), count=1, block=block
-                    )
-                    for queue, entries in found:
-                        for entry, fields in entries:
-                            await self._take(queue.decode(), entry, fields)
-                    if found:
-                        break
-            except ResponseError as e:
-                if "NOGROUP" not in str(e):
-                    raise
-                self._groups.clear()  # Redis has lost its memory
+                if not (wanted and await self._ask(wanted)):
+                    await self._wait_for_bell()
             except AWAY as e:
                 log.warning("Redis: %s; asking again soon", e)
                 await asyncio.sleep(random.uniform(0.1, 0.5))
+
+    async def _ask(self, wanted: Mapping[str, Sequence[str]]) -> bool:
+        """Take a job, if one is queued that is wanted."""
+        described = json.dumps({model: list(tenants) for model, tenants in wanted.items()})
+        given = await self._store.run("claim", self.name, MAX_DEATHS, int(1000 * AGEING), described)
+        if given is None:
+            return False
+        await self._begin(given)
+        return True
+
+    async def _wait_for_bell(self) -> None:
+        """Until a job has come for one of the models in memory, perhaps; not long."""
+        bells = [f"{PREFIX}bell:{model}" for model in self._wanted]
+        if bells:
+            await self._store.waiting.blpop(bells, timeout=BLOCK_SECONDS)
+        else:
+            await asyncio.sleep(BLOCK_SECONDS)
 
     async def _jobs_taken(self) -> None:
         await asyncio.sleep(0)
         while not self._jobs.empty():
             await asyncio.sleep(0.001)
 
-    async def _take(self, queue: str, entry: bytes, fields: Mapping[bytes, bytes] | None) -> None:
-        """Make a job that the group gave to this worker its own, if it is still to be done."""
-        if not fields:  # deleted meanwhile
-            await self._store.commands.xack(queue, GROUP, entry)
-            return
-        job_id = fields[b"job"]
-        taken = await self._store.run("take", queue, entry, job_id, self.name, MAX_DEATHS)
-        if taken is None:
-            return
-        packed, attempt, deaths, deaths_alone, waited = taken
+    async def _begin(self, given: Any) -> None:
+        """What the scripts `claim` and `take` gave to this worker."""
+        packed, attempt, deaths, deaths_alone, waited = given
         job = dataclasses.replace(
             _job_in(packed),
             attempt=attempt,
@@ -422,7 +430,7 @@ class RedisClaims(Claims):
         try:
             job = dataclasses.replace(job, payload=await self._store.fetch(job.payload))
         except JobLost as e:
-            await self._store.run("cancel", job_id, str(e))
+            await self._store.run("cancel", job.id, str(e))
             return
         if job.id in self._held:  # its claim had run out and came back to this very worker: it is being done already
             self._held[job.id] = job
@@ -432,23 +440,25 @@ class RedisClaims(Claims):
 
     async def _take_over(self) -> None:
         """Jobs whose workers have not renewed their claims."""
-        for model in self._wanted:
-            for priority in ("interactive", "batch"):
-                queue = _queue(priority, model)
-                await self._ensure_groups([queue])
-                try:
-                    found = await self._store.commands.xautoclaim(
-                        queue, GROUP, self.name, int(1000 * self._claim_seconds), count=4
-                    )
-                except ResponseError as e:
-                    if "NOGROUP" not in str(e):
-                        raise
-                    self._groups.discard(queue)
-                    continue
-                for entry, fields in found[1]:
+        for model in [*self._wanted, *self._absent]:
+            stream = f"{PREFIX}running:{model}"
+            try:
+                found = await self._store.commands.xautoclaim(
+                    stream, GROUP, self.name, int(1000 * self._claim_seconds), count=4
+                )
+            except ResponseError as e:
+                if "NOGROUP" not in str(e):  # nobody has had a job for it yet
+                    raise
+                continue
+            for entry, fields in found[1]:
+                if not fields:  # deleted meanwhile
                     if entry is not None:
-                        log.warning("taking over a job of %s that its worker no longer claims", model)
-                        await self._take(queue, entry, fields)
+                        await self._store.commands.xack(stream, GROUP, entry)
+                    continue
+                log.warning("taking over a job of %s that its worker no longer claims", model)
+                given = await self._store.run("take", stream, entry, fields[b"job"], self.name, MAX_DEATHS)
+                if given is not None:
+                    await self._begin(given)
 
     async def _renew(self) -> None:
         if not self._held:
@@ -477,16 +487,6 @@ class RedisClaims(Claims):
                 log.warning("Redis: %s; listening again soon", e)
                 await asyncio.sleep(random.uniform(0.1, 0.5))
 
-    async def _ensure_groups(self, queues: Sequence[str]) -> None:
-        for queue in queues:
-            if queue not in self._groups:
-                try:
-                    await self._store.commands.xgroup_create(queue, GROUP, id="0", mkstream=True)
-                except ResponseError as e:
-                    if "BUSYGROUP" not in str(e):
-                        raise
-                self._groups.add(queue)
-
 
 async def workers(url: str) -> list[WorkerState]:
     """Every worker that has announced itself of late. Raises `BrokerAway`."""
@@ -502,15 +502,6 @@ async def _announced(store: Store) -> list[WorkerState]:
     found = await store.commands.mget(keys) if keys else []
     states = [state_in(msgpack.unpackb(packed)) for packed in found if packed is not None]
     return sorted(states, key=lambda state: state.name)
-
-
-async def _last_delivered(client: Any, queue: str) -> str:
-    """The last entry that the group gave to a worker."""
-    try:
-        groups = await client.xinfo_groups(queue)
-    except ResponseError:  # there is no such queue
-        return "0-0"
-    return next((g["last-delivered-id"].decode() for g in groups if g["name"] == GROUP.encode()), "0-0")
 
 
 def _wake(waiting: Sequence[asyncio.Event]) -> None:

@@ -16,9 +16,9 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,7 +35,9 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 TELL_EVERY = 1.0  # seconds between announcements of the load, while there is any
-ROWS_AHEAD = 2  # a worker claims jobs for a model until it has this many times a full batch of rows
+# A worker claims jobs for a model until it has this many times a full batch of rows; and until twice as many, such of
+# tenants who have none here, so that they need not wait for others' to end.
+ROWS_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Worker:
         self._ends_at: float | None = None  # the clock's time at which what still runs is handed back
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._outbox: dict[str, list[Event]] = {}
-        self._rows: Counter[str] = Counter()  # model -> rows of its unfinished jobs here
+        self._rows: dict[str, Counter[str]] = defaultdict(Counter)  # model -> tenant -> rows of unfinished jobs here
         self._held: dict[str, Job] = {}
         self._announced = 0.0  # when, on the clock
         self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
@@ -171,7 +173,7 @@ class Worker:
             self._suspect = job.id
             self._give_back(list(self._held.values()))
         self._held[job.id] = job
-        self._rows[job.model] += job.rows
+        self._rows[job.model][job.tenant] += job.rows
         self._claim()
         if self._residency.admit(job):
             self._begin(job)
@@ -193,7 +195,7 @@ class Worker:
             self._residency.forget(job.id)
             self._outbox.pop(job.id, None)
             if self._held.pop(job.id, None) is not None:
-                self._rows[job.model] -= job.rows
+                self._rows[job.model][job.tenant] -= job.rows
         if jobs:
             self._talk.hand_back([job.id for job in jobs])
 
@@ -203,7 +205,7 @@ class Worker:
     def _emit(self, job_id: str, message: Message, final: bool) -> None:
         self._outbox.setdefault(job_id, []).append(Event(pack(message), final))
         if final and (job := self._held.pop(job_id, None)) is not None:
-            self._rows[job.model] -= job.rows
+            self._rows[job.model][job.tenant] -= job.rows
             self._residency.touch(job.model)
             if job_id == self._suspect:
                 self._suspect = None
@@ -230,13 +232,18 @@ class Worker:
         """Ask for more work for the models that have room."""
         assert self._talk is not None
         if self._ends_at is not None or self._suspect is not None:
-            self._talk.want([], [])
+            self._talk.want(_Want())
             return
+        enough: dict[str, list[str]] = {}
+        for model, by_tenant in self._rows.items():
+            self._rows[model] = by_tenant = +by_tenant  # without those who have none
+            if by_tenant.total() >= ROWS_AHEAD * self._max_rows:
+                enough[model] = list(by_tenant)
         here, absent = (
-            [m for m in self._residency.servable(resident) if self._rows[m] < ROWS_AHEAD * self._max_rows]
-            for resident in (True, False)
+            [m for m in self._residency.servable(r) if self._rows[m].total() < 2 * ROWS_AHEAD * self._max_rows]
+            for r in (True, False)
         )
-        self._talk.want(here, absent)
+        self._talk.want(_Want(here, absent, enough))
 
 
 @dataclass(frozen=True)
@@ -246,8 +253,11 @@ class _HandBack:
 
 @dataclass(frozen=True)
 class _Want:
-    models: list[str]
-    absent: list[str]
+    """See `Claims.claim`."""
+
+    models: Sequence[str] = ()
+    absent: Sequence[str] = ()
+    enough: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 _Told: TypeAlias = "dict[str, list[Event]] | WorkerState | _Want | _HandBack"
@@ -262,7 +272,7 @@ class _Talk:
         self._thread = threading.Thread(target=self._run, name="talk", daemon=True)
         self._begun = threading.Event()
         self._told: asyncio.Queue[_Told | None] = asyncio.Queue()
-        self._wanted = _Want([], [])
+        self._wanted = _Want()
         self._changed = asyncio.Event()
 
     def start(self) -> None:
@@ -281,8 +291,8 @@ class _Talk:
     def announce(self, state: WorkerState) -> None:
         self._soon(state)
 
-    def want(self, models: list[str], absent: list[str]) -> None:
-        self._soon(_Want(models, absent))
+    def want(self, wanted: _Want) -> None:
+        self._soon(wanted)
 
     def hand_back(self, job_ids: list[str]) -> None:
         self._soon(_HandBack(job_ids))
@@ -333,10 +343,11 @@ class _Talk:
         """Keep one claim standing for the models that have room; each change replaces it."""
         while True:
             self._changed.clear()
-            if not self._wanted.models and not self._wanted.absent:
+            wanted = self._wanted
+            if not wanted.models and not wanted.absent:
                 await self._changed.wait()
                 continue
-            claim = asyncio.ensure_future(claims.claim(self._wanted.models, self._wanted.absent))
+            claim = asyncio.ensure_future(claims.claim(wanted.models, wanted.absent, wanted.enough))
             changed = asyncio.ensure_future(self._changed.wait())
             try:
                 await asyncio.wait([claim, changed], return_when=asyncio.FIRST_COMPLETED)

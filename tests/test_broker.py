@@ -361,3 +361,106 @@ async def test_jobs_are_spread_over_idle_workers(kind: Kind) -> None:
         await broker.submit(job("a"))
         await broker.submit(job("b"))
         assert {(await c).id for c in claims} == {"a", "b"}
+
+
+# ------------------------------------------------------------------------------------------------------------- tenants
+
+
+async def claimed(link: Link, count: int) -> list[str]:
+    return [(await claim(link)).id for _ in range(count)]
+
+
+async def test_a_tenant_who_comes_late_does_not_wait_behind_a_flood(kind: Kind) -> None:
+    async with kind.broker(100_000) as broker, workers(kind, broker, "w") as [w]:
+        for k in range(50):
+            await broker.submit(job(f"flood{k}", tenant="flood"))
+        assert await claimed(w, 3) == ["flood0", "flood1", "flood2"]
+        for k in range(3):
+            await broker.submit(job(f"quiet{k}", tenant="quiet"))
+        assert [await broker.position(f"quiet{k}") for k in range(3)] == [0, 2, 4]
+        assert await claimed(w, 6) == ["quiet0", "flood3", "quiet1", "flood4", "quiet2", "flood5"]
+
+
+async def test_tenants_are_given_equal_work_not_equal_numbers_of_jobs(kind: Kind) -> None:
+    async with kind.broker(100_000) as broker, workers(kind, broker, "w") as [w]:
+        for k in range(12):
+            await broker.submit(job(f"large{k}", tenant="large", units=90))
+        for k in range(60):
+            await broker.submit(job(f"small{k}", tenant="small", units=10))
+        taken = await claimed(w, 40)
+        large = sum(name.startswith("large") for name in taken)
+        assert 90 * large == pytest.approx(10 * (40 - large), abs=90)
+        of_one = [name for name in taken if name.startswith("small")]
+        assert of_one == [f"small{k}" for k in range(len(of_one))], "first come, first served among one tenant's"
+
+
+async def test_time_away_is_not_saved_up(kind: Kind) -> None:
+    async with kind.broker(100_000) as broker, workers(kind, broker, "w") as [w]:
+        for k in range(30):
+            await broker.submit(job(f"a{k}", tenant="a"))
+        await claimed(w, 20)
+        for k in range(30):
+            await broker.submit(job(f"b{k}", tenant="b"))
+        taken = await claimed(w, 10)
+        assert sum(name.startswith("b") for name in taken) == pytest.approx(5, abs=1)
+
+
+async def test_a_worker_that_has_enough_of_a_tenant_is_given_others_jobs(kind: Kind) -> None:
+    async with kind.broker(100_000) as broker, workers(kind, broker, "w") as [w]:
+        for k in range(40):
+            await broker.submit(job(f"flood{k}", tenant="flood"))
+        waiting = asyncio.create_task(asyncio.wait_for(w.claims.claim(["m"], enough={"m": ["flood"]}), 10))
+        await asyncio.sleep(0.3)
+        assert not waiting.done()
+        await broker.submit(job("quiet", tenant="quiet"))
+        assert (await waiting).id == "quiet"
+        assert (await claim(w)).id == "flood0"
+
+
+async def test_a_job_handed_back_stands_where_it_stood(kind: Kind) -> None:
+    async with kind.broker(100_000) as broker, workers(kind, broker, "w") as [w]:
+        for k in range(4):
+            await broker.submit(job(f"a{k}", tenant="a b: c"))
+        assert await claimed(w, 2) == ["a0", "a1"]
+        await w.claims.hand_back(["a1", "a0"])
+        assert await claimed(w, 4) == ["a0", "a1", "a2", "a3"]
+
+
+async def test_a_batch_job_waits_no_longer_than_an_interactive_one_that_came_a_while_later(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("service.broker_local", "service.broker_redis"):
+        monkeypatch.setattr(f"{module}.AGEING", 0.3)
+    async with kind.broker() as broker, workers(kind, broker, "w") as [w]:
+        await broker.submit(job("batch", priority="batch"))
+        await broker.submit(job("soon"))
+        await asyncio.sleep(0.4)
+        await broker.submit(job("late"))
+        assert await claimed(w, 3) == ["soon", "batch", "late"]
+
+
+async def test_a_job_goes_rather_to_the_worker_that_has_its_model_in_memory(kind: Kind) -> None:
+    async with kind.broker() as broker, workers(kind, broker, "w1", "w2") as [w1, w2]:
+        sooner = 0
+        for k in range(6):
+            has, lacks = (w1, w2) if k % 2 else (w2, w1)
+            would_load = asyncio.create_task(lacks.claims.claim(["other"], ["m"]))
+            waiting = asyncio.create_task(has.claims.claim(["m"], ["other"]))
+            await asyncio.sleep(0.35)
+            await broker.submit(job(f"j{k}"))
+            async with asyncio.timeout(10):
+                done, pending = await asyncio.wait([waiting, would_load], return_when=asyncio.FIRST_COMPLETED)
+            assert {task.result().id for task in done} == {f"j{k}"}
+            sooner += waiting in done
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+        assert sooner >= 5
+
+
+async def test_a_job_for_a_model_that_nobody_has_in_memory_is_taken_all_the_same(kind: Kind) -> None:
+    async with kind.broker() as broker, workers(kind, broker, "w") as [w]:
+        await broker.submit(job("a"))
+        assert (await asyncio.wait_for(w.claims.claim(["other"], ["m"]), 10)).id == "a"
+        await broker.submit(job("b"))
+        assert (await asyncio.wait_for(w.claims.claim([], ["m"]), 10)).id == "b"

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import brokers
 import kubernetes_validate
 import pytest
 import redis
@@ -24,8 +25,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic_core import PydanticUndefined
 from redis_server import RedisServer
 
-from service.broker import Load, WorkerState
-from service.broker_redis import GROUP, _queue
+from service.broker import Job, Load, ModelState, WorkerState
+from service.broker_redis import _queue
 from service.messages import Completed
 from service.metrics import Metrics
 from service.settings import Settings
@@ -34,6 +35,11 @@ ROOT = Path(__file__).parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
 MANIFESTS = sorted(path for path in ROOT.glob("docker/k8s/**/*.yaml") if path.name != "kustomization.yaml")
 KUBERNETES = "1.31"
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -211,7 +217,7 @@ def exposed() -> dict[str, set[str]]:
     metrics.refused("queue-full")
     metrics.job("a", "draw").ended("completed", Completed(0.1, 0.2, 1))
     load = {"a/draw": Load(max_rows=64, steps=1, rows=1, seconds=0.1, running=1)}
-    text = metrics.exposition([WorkerState("w", "cpu", True, {}, load)], 1).decode()
+    text = metrics.exposition([WorkerState("w", "cpu", True, {"a": ModelState("ready")}, load)], 1).decode()
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -288,17 +294,16 @@ TRIGGER = {
     "required": ["type", "metadata", "authenticationRef"],
     "additionalProperties": False,
     "properties": {
-        "type": {"const": "redis-streams"},
+        "type": {"const": "redis"},
         "authenticationRef": {"type": "object", "required": ["name"]},
         "metadata": {  # KEDA takes strings alone
             "type": "object",
-            "required": ["address", "stream", "consumerGroup", "lagCount"],
+            "required": ["address", "listName", "listLength"],
             "additionalProperties": False,
             "properties": {
                 "address": {"type": "string", "pattern": r"^[\w.-]+:\d+$"},
-                "stream": {"type": "string"},
-                "consumerGroup": {"type": "string"},
-                "lagCount": {"type": "string", "pattern": r"^[1-9]\d*$"},
+                "listName": {"type": "string"},
+                "listLength": {"type": "string", "pattern": r"^[1-9]\d*$"},
             },
         },
     },
@@ -324,45 +329,37 @@ SCALED_OBJECT = {
 }
 
 
-def test_the_scaler_watches_the_streams_that_workers_read() -> None:
+def test_the_scaler_watches_the_queues_that_workers_read() -> None:
     (scaler,), (access,) = of_kind("ScaledObject"), of_kind("TriggerAuthentication")
     Draft202012Validator(SCALED_OBJECT).validate(scaler["spec"])
     names = {document["metadata"]["name"] for document in of_kind("Deployment")}
     assert scaler["spec"]["scaleTargetRef"]["name"] in names
     models = {path.name for path in (ROOT / "zoo").iterdir()}
     queues = {_queue(priority, model) for priority in ("interactive", "batch") for model in models}
-    streams = [trigger["metadata"]["stream"] for trigger in scaler["spec"]["triggers"]]
-    assert set(streams) <= queues
-    assert len(set(streams)) == len(streams)
+    watched = [trigger["metadata"]["listName"] for trigger in scaler["spec"]["triggers"]]
+    assert set(watched) <= queues
+    assert len(set(watched)) == len(watched)
     for trigger in scaler["spec"]["triggers"]:
-        assert trigger["metadata"]["consumerGroup"] == GROUP
         assert trigger["authenticationRef"]["name"] == access["metadata"]["name"]
 
 
-def test_the_lag_of_a_stream_is_what_waits_in_it(redis_server: RedisServer) -> None:
-    """What the scaler reads, through what happens to a queue: entries are added, given to workers, and deleted."""
-    with redis.Redis(port=redis_server.port, protocol=2) as client:
-        if int(client.info("server")["redis_version"].split(".")[0]) < 7:
-            pytest.skip("Redis counts no lag before version 7")
-        queue = _queue("interactive", "lag")
-
-        def lag() -> int | None:
-            (group,) = client.xinfo_groups(queue)
-            return group["lag"]
-
-        client.delete(queue)
-        client.xgroup_create(queue, GROUP, id="0", mkstream=True)
-        assert not lag()
-        for _ in range(5):
-            client.xadd(queue, {"job": "j"})
-        assert lag() == 5
-        ((_, given),) = client.xreadgroup(GROUP, "w", {queue: ">"}, count=2)
-        assert lag() == 3
-        for entry, _ in given:
-            client.xack(queue, GROUP, entry)
-            client.xdel(queue, entry)
-        assert lag() == 3
-        ((_, given),) = client.xreadgroup(GROUP, "w", {queue: ">"}, count=9)
-        client.xdel(queue, *(entry for entry, _ in given))
-        assert lag() == 0
-        client.delete(queue)
+@pytest.mark.anyio
+async def test_the_size_of_a_queue_is_what_waits_in_it(redis_server: RedisServer) -> None:
+    """What the scaler reads, through what happens to a queue."""
+    redis_server.flush()
+    kind = brokers.Distributed(redis_server)
+    with redis.Redis(port=redis_server.port) as client:
+        async with kind.broker() as broker, brokers.workers(kind, broker, "w") as [worker]:
+            queue = _queue("interactive", "m")
+            assert client.type(queue) == b"none"
+            for k in range(5):
+                await broker.submit(Job(f"j{k}", "m", b"", 1, 1))
+            assert (client.type(queue), client.zcard(queue)) == (b"zset", 5)
+            for left in (4, 3):
+                await worker.claims.claim(["m"])
+                assert client.zcard(queue) == left
+            await worker.claims.hand_back(["j0"])
+            assert client.zcard(queue) == 4
+            for k in range(2, 5):
+                await broker.cancel(f"j{k}")
+            assert client.zcard(queue) == 1

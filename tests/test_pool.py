@@ -302,9 +302,12 @@ def assert_tidy(made: Pool, ids: list[str]) -> None:
         finals = [fields[b"f"] for _, fields in told].count(b"1")
         assert finals == 1, f"{job_id} was answered {finals} times"
         assert told[-1][1][b"f"] == b"1", "and nothing was told after that"
-    for queue in store.smembers("{drawwell}:queues"):  # type: ignore[union-attr]
-        assert store.xlen(queue) == 0
-        assert store.xpending(queue, "workers")["pending"] == 0  # type: ignore[index]
+    assert store.smembers("{drawwell}:queues") == set()
+    assert store.hlen("{drawwell}:lines") == store.hlen("{drawwell}:waiting") == 0
+    assert list(store.scan_iter("{drawwell}:q:*")) == []
+    for stream in store.smembers("{drawwell}:streams"):  # type: ignore[union-attr]
+        assert store.xlen(stream) == 0
+        assert store.xpending(stream, "workers")["pending"] == 0  # type: ignore[index]
     assert store.xlen("{drawwell}:dead") == 0
     store.close()
 

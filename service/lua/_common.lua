@@ -9,6 +9,8 @@ end
 
 local function job_key(id) return P .. 'job:' .. id end
 local function events_key(id) return P .. 'events:' .. id end
+local function running_key(model) return P .. 'running:' .. model end
+local function queue_key(priority, model) return P .. 'q:' .. priority .. ':' .. model end
 
 -- Wake whoever waits for news of a job: the API process that it came from, and others that asked.
 local function tell(id, home)
@@ -16,19 +18,33 @@ local function tell(id, home)
   redis.call('PUBLISH', P .. 'news:' .. id, id)
 end
 
--- A job begins to wait for a worker: into the books of its line.
-local function wait_for_worker(id, line, steps)
-  redis.call('HSET', P .. 'lines', id, steps .. ' ' .. line)
+-- A job begins to wait for a worker, in its place: into its queue and the books of its line; and one worker that waits for
+-- jobs of its model is woken.
+local function wait_for_worker(id)
+  local job = redis.call('HMGET', job_key(id), 'line', 'steps', 'queue', 'place', 'tag', 'model', 'priority')
+  local line, steps, queue, place, tag, model, priority = unpack(job)
+  redis.call('ZADD', queue, tag, place)
+  redis.call('SADD', P .. 'queues', queue)
+  redis.call('HSET', P .. 'lines', id, cjson.encode({line, steps, queue, place}))
   redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', 1)
   redis.call('HINCRBY', P .. 'waiting', line .. ' steps', steps)
+  local bell = P .. 'bell:' .. model
+  redis.call('RPUSH', bell, 1)
+  redis.call('LTRIM', bell, 0, 63)
+  redis.call('PEXPIRE', bell, 10000) -- whoever comes to wait later than that looks first
 end
 
 -- A job waits no longer. One that did not wait is no error.
 local function wait_no_longer(id)
   local stood = redis.call('HGET', P .. 'lines', id)
   if not stood then return end
+  local line, steps, queue, place = unpack(cjson.decode(stood))
   redis.call('HDEL', P .. 'lines', id)
-  local steps, line = string.match(stood, '^(%d+) (.*)$')
+  redis.call('ZREM', queue, place)
+  if redis.call('EXISTS', queue) == 0 then -- nobody waits, so nobody is owed anything
+    redis.call('DEL', queue .. ':given', queue .. ':clock')
+    redis.call('SREM', P .. 'queues', queue)
+  end
   if redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', -1) > 0 then
     redis.call('HINCRBY', P .. 'waiting', line .. ' steps', -steps)
   else
@@ -39,12 +55,12 @@ end
 -- The job is over: off its queue and out of the bound; what was told of it stays for a while.
 local function finish(id, lost)
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 'queue', 'entry', 'units', 'home', 'keep')
+  local job = redis.call('HMGET', key, 'model', 'entry', 'units', 'home', 'keep')
   redis.call('HSET', key, 'state', 'ended')
   if lost then redis.call('HSET', key, 'lost', lost) end
-  if job[2] then
-    redis.call('XACK', job[1], 'workers', job[2])
-    redis.call('XDEL', job[1], job[2])
+  if job[2] and job[2] ~= '' then
+    redis.call('XACK', running_key(job[1]), 'workers', job[2])
+    redis.call('XDEL', running_key(job[1]), job[2])
   end
   wait_no_longer(id)
   redis.call('ZREM', P .. 'active', id)
@@ -52,4 +68,39 @@ local function finish(id, lost)
   redis.call('PEXPIRE', key, job[5])
   redis.call('PEXPIRE', events_key(id), job[5])
   tell(id, job[4])
+end
+
+-- Entry of the stream `running` is in this worker's hands: make its job the worker's own, if it is still to be done.
+-- -> {job, attempt, deaths, deaths alone, milliseconds since it was submitted} | false
+local function give(stream, entry, id, worker, most)
+  local key = job_key(id)
+  local job = redis.call('HMGET', key, 'job', 'state', 'attempt', 'submitted', 'entry', 'cancelled', 'began', 'deaths',
+    'deaths_alone')
+  if not job[1] or job[2] == 'ended' or job[5] ~= entry then
+    redis.call('XACK', stream, 'workers', entry)
+    redis.call('XDEL', stream, entry)
+    return false
+  end
+  if job[6] then -- while it was running, and its worker died before it heard
+    finish(id, 'cancelled')
+    return false
+  end
+  local time = now()
+  local attempt = tonumber(job[3]) + 1
+  local deaths, alone = tonumber(job[8] or '0'), tonumber(job[9] or '0')
+  if job[2] == 'running' and job[7] ~= '' then -- its worker stopped in the middle of it
+    deaths = deaths + 1
+    if job[7] == 'alone' then alone = alone + 1 end
+  end
+  local history = redis.call('HGET', key, 'history')
+  if alone >= tonumber(most) then
+    redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 1000, '*', 'job', id, 'queue', redis.call('HGET', key, 'queue'),
+      'history', history or '', 'request', job[1])
+    finish(id, most .. ' workers stopped while they worked on it alone')
+    return false
+  end
+  local line = worker .. ' at ' .. time
+  redis.call('HSET', key, 'state', 'running', 'worker', worker, 'attempt', attempt, 'began', '', 'deaths', deaths,
+    'deaths_alone', alone, 'history', history and (history .. '\n' .. line) or line)
+  return {job[1], attempt, deaths, alone, time - job[4]}
 end

@@ -1,18 +1,17 @@
--- prefix, worker, id, attempt, id, attempt, ... -> how many were queued again. The attempt does not count.
+-- prefix, worker, id, attempt, id, attempt, ... -> how many were queued again, in their old places. The attempt does not count.
 local worker, count = ARGV[2], 0
 for k = 3, #ARGV, 2 do
   local id = ARGV[k]
   local key = job_key(id)
-  local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'queue', 'entry', 'cancelled', 'line', 'steps')
+  local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'model', 'entry', 'cancelled')
   if job[1] == 'running' and job[2] == worker and job[3] == ARGV[k + 1] then
-    redis.call('XACK', job[4], 'workers', job[5])
-    redis.call('XDEL', job[4], job[5])
-    redis.call('HSET', key, 'state', 'queued', 'attempt', job[3] - 1, 'worker', '')
+    redis.call('XACK', running_key(job[4]), 'workers', job[5])
+    redis.call('XDEL', running_key(job[4]), job[5])
+    redis.call('HSET', key, 'state', 'queued', 'attempt', job[3] - 1, 'worker', '', 'entry', '')
     if job[6] then
       finish(id, 'cancelled')
     else
-      wait_for_worker(id, job[7], job[8])
-      redis.call('HSET', key, 'entry', redis.call('XADD', job[4], '*', 'job', id))
+      wait_for_worker(id)
       count = count + 1
     end
   end

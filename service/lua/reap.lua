@@ -1,4 +1,6 @@
--- prefix, most -> how many jobs were ended because their time was over and nobody had ended them
+-- prefix, most, idle ms -> how many jobs were ended because their time was over and nobody had ended them
+-- And what is left of workers that are gone: a consumer without claims that has been silent for so long and announces
+-- itself no longer; and streams that nobody reads.
 local late = redis.call('ZRANGEBYSCORE', P .. 'active', '-inf', now(), 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(late) do
   if redis.call('EXISTS', job_key(id)) == 1 then
@@ -11,6 +13,25 @@ for _, id in ipairs(late) do
       redis.call('DECRBY', P .. 'queued', units)
     end
     redis.call('ZREM', P .. 'active', id)
+  end
+end
+for _, stream in ipairs(redis.call('SMEMBERS', P .. 'streams')) do
+  local left = 0
+  if redis.call('EXISTS', stream) == 1 then
+    for _, told in ipairs(redis.call('XINFO', 'CONSUMERS', stream, 'workers')) do
+      local consumer = {}
+      for k = 1, #told, 2 do consumer[told[k]] = told[k + 1] end
+      if consumer.pending == 0 and consumer.idle >= tonumber(ARGV[3])
+        and redis.call('EXISTS', P .. 'worker:' .. consumer.name) == 0 then
+        redis.call('XGROUP', 'DELCONSUMER', stream, 'workers', consumer.name)
+      else
+        left = left + 1
+      end
+    end
+  end
+  if left == 0 and redis.call('XLEN', stream) == 0 then
+    redis.call('DEL', stream)
+    redis.call('SREM', P .. 'streams', stream)
   end
 end
 return #late

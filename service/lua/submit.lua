@@ -1,7 +1,6 @@
--- prefix, id, queue, model, priority, job, units, limit, timeout ms, keep ms, home, idempotency key or '', digest, line, steps
+-- prefix, id, model, priority, tenant, job, units, limit, timeout ms, keep ms, home, idempotency key or '', digest, line, steps
 -- -> {'queued'} | {'known', id} | {'taken'} | {'full', units queued}
-local _, id, queue, model, priority, job, units, limit, timeout, keep, home, same, digest, line,
-  steps = unpack(ARGV)
+local _, id, model, priority, tenant, job, units, limit, timeout, keep, home, same, digest, line, steps = unpack(ARGV)
 if same ~= '' then
   local known = redis.call('HMGET', P .. 'key:' .. same, 'digest', 'job')
   if known[1] == digest then return {'known', known[2]} end
@@ -12,13 +11,18 @@ local queued = tonumber(redis.call('GET', P .. 'queued') or '0')
 if queued > 0 and queued + tonumber(units) > tonumber(limit) then
   return {'full', queued}
 end
+-- Start-time fair queueing: its tag is where its tenant's turn has come to.
+local queue = queue_key(priority, model)
+local clock = tonumber(redis.call('GET', queue .. ':clock') or '0')
+local tag = math.max(clock, tonumber(redis.call('ZSCORE', queue .. ':given', tenant) or '0'))
+redis.call('ZADD', queue .. ':given', tag + units, tenant)
+local place = string.format('%016d %d %s %s', redis.call('INCR', P .. 'places'), time, id, tenant)
 local lifetime = timeout + keep
 redis.call('HSET', job_key(id), 'job', job, 'queue', queue, 'model', model, 'priority', priority, 'units', units,
-  'home', home, 'keep', keep, 'state', 'queued', 'attempt', 0, 'told', 0, 'submitted', time, 'line', line, 'steps', steps)
-wait_for_worker(id, line, steps)
+  'home', home, 'keep', keep, 'state', 'queued', 'attempt', 0, 'told', 0, 'submitted', time, 'line', line, 'steps', steps,
+  'place', place, 'tag', tag, 'entry', '')
 redis.call('PEXPIRE', job_key(id), lifetime)
-redis.call('HSET', job_key(id), 'entry', redis.call('XADD', queue, '*', 'job', id))
-redis.call('SADD', P .. 'queues', queue)
+wait_for_worker(id)
 redis.call('INCRBY', P .. 'queued', units)
 redis.call('HSET', P .. 'units', id, units)
 redis.call('ZADD', P .. 'active', time + timeout + 5000, id) -- its worker is to say first that it is too late
