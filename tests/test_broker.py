@@ -352,6 +352,7 @@ async def test_ended_jobs_are_forgotten_after_a_while(kind: Kind) -> None:
         await asyncio.sleep(0.5)
         with pytest.raises(KeyError):
             await told(broker, "a")
+        assert await broker.submit(job("b", key="k")) == "b", "its key stands for nothing any longer"
 
 
 async def test_jobs_are_spread_over_idle_workers(kind: Kind) -> None:

@@ -3,8 +3,9 @@
 local _, id, model, priority, tenant, job, units, limit, timeout, keep, home, same, digest, line, steps = unpack(ARGV)
 if same ~= '' then
   local known = redis.call('HMGET', P .. 'key:' .. same, 'digest', 'job')
-  if known[1] == digest then return {'known', known[2]} end
-  if known[1] then return {'taken'} end
+  if known[1] and redis.call('EXISTS', job_key(known[2])) == 1 then -- an answer may have gone before its key
+    return known[1] == digest and {'known', known[2]} or {'taken'}
+  end
 end
 local time = now()
 local queued = tonumber(redis.call('GET', P .. 'queued') or '0')
