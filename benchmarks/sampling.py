@@ -4,12 +4,12 @@
 
 Naive. Where a family draws pixel by pixel: a full forward pass for every pixel, extrapolated from a few, as their
 costs are all alike (`benchmarks.cache`). Elsewhere: `init`, `step` … `step`, `image` over the batch as torch does by
-itself, in one process, with one thread or with one for each core: whichever is faster.
+itself. In one process, with one thread or with one for each core: whichever is faster.
 
 Ours is what one machine draws when each core has a process of one thread, as the server's workers do: the sum over all
-of them while all of them draw.
+of them while all of them draw. The ways are those in which the server can run a network (`benchmarks._ways`).
 
---quality: beside it FD-local of 1,000 samples in each mode, with what as many real images reach (it needs the data:
+--quality: beside it FD-local of 1,000 samples of each way, with what as many real images reach (it needs the data:
 DRAWWELL_DATA or --data-dir).
 """
 
@@ -19,18 +19,18 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks._frame import Bench, Results, alone, quotient
+from benchmarks._frame import Bench, Results, alone, quotient, turned
 from benchmarks._page import table
+from benchmarks._ways import WAYS, NotApplicable, prepared
 from benchmarks.cache import FORWARDS
 from benchmarks.cache import Model as PixelModel
 from models import _checkpoint
@@ -40,17 +40,16 @@ from training.measure import draws
 WEIGHT = 5.0
 BATCHES = (1, 16, 64)
 LEAST, MOST = 0.5, 20.0  # seconds of a window
-SAMPLES = 1000
+SAMPLES, QUALITY_BATCH = 1000, 50
+STARTING = 6.0  # seconds, about, until processes have loaded torch and a model
 CORES = os.cpu_count() or 1
-
-# How a model that was loaded is made ready to draw in a mode. What a mode is, the service says; float32 is as it is.
-MODES: dict[str, Callable[[Model], Model]] = {"float32": lambda model: model}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoints", nargs="+", help="names of folders in --models (default: all of them)")
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--quality", action="store_true", help="also FD-local of samples in each mode")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to run the networks")
+    parser.add_argument("--quality", action="store_true", help="also FD-local of samples drawn in each way")
     parser.add_argument("--data-dir", type=Path, help="where the data lie (default: DRAWWELL_DATA)")
 
 
@@ -59,25 +58,27 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     if not names:
         raise SystemExit(f"{args.models}: no model there (a folder with a model.json)")
     batches = args.batch[:1] if bench.smallest else args.batch
-    cases = [(name, batch) for name in names for batch in batches]
+    ways = args.ways[:1] if bench.smallest else args.ways
     seconds = 0.6 * bench.seconds if args.quality else bench.left
-    window = bench.window(len(cases) * (2 + len(MODES)), LEAST, MOST, 5.0 * len(cases), good=1.0, seconds=seconds)
-    for number, (name, batch) in bench.interleaved(cases, seconds):
-        case = {"model": name, "batch": batch}
-        model = _checkpoint.load(args.models / name)
-        if number == 0:
-            bench.record({"model": name}, 0, "steps", steps=model.spec.steps.default)
-        speeds = {f"naive_{threads}": naive(model, batch, window, threads) for threads in sorted({1, CORES})}
-        bench.record(case, number, "images/s", batch, **speeds, naive=max(speeds.values()))
-        for mode in MODES:
-            rate = every_core(args.models / name, mode, batch, window)
-            bench.record({**case, "mode": mode}, number, "images/s", ours=rate)
+    # Of each model and batch, two windows of the naive loop and one of each way; processes are started for each way.
+    windows, starts = len(names) * len(batches) * (2 + len(ways)), len(names) * len(ways)
+    window = bench.window(windows, LEAST, MOST, STARTING * starts, good=1.0, seconds=seconds)
+    for number, name in bench.interleaved(names, seconds):
+        folder = args.models / name
+        model = _checkpoint.load(folder)
+        bench.record({"model": name}, number, "steps", steps=model.spec.steps.default)
+        for batch in batches:
+            speeds = {f"naive_{threads}": naive(model, batch, window, threads) for threads in sorted({1, CORES})}
+            bench.record({"model": name, "batch": batch}, number, "images/s", batch, **speeds)
+            bench.record({"model": name, "batch": batch}, number, "images/s", batch, naive=max(speeds.values()))
+        for way in turned(ways, number):
+            for batch, rate in every_core(folder, way, batches, window).items():
+                bench.record({"model": name, "batch": batch, "way": way}, number, "images/s", batch, ours=rate)
     if args.quality:
         samples = 64 if bench.smallest else SAMPLES
-        for name in names:
-            for mode in MODES:
-                found = quality(args.models / name, mode, samples, args.data_dir)
-                bench.record({"model": name, "mode": mode}, 0, "squared distance", samples, **found)
+        for name, way in [(name, way) for name in names for way in ways]:
+            found = quality(args.models / name, way, samples, args.data_dir)
+            bench.record({"model": name, "way": way}, 0, "squared distance", samples, **found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
@@ -110,9 +111,12 @@ def naive(model: Model, batch: int, seconds: float, threads: int) -> float:
         torch.set_num_threads(before)
 
 
-def _repeated(work: Callable[[], object], seconds: float, least: int) -> tuple[int, float]:
-    """How often it was done, and in how many seconds, after once to warm up."""
+def _repeated(work: Callable[[], object], seconds: float, least: int = 1) -> tuple[int, float]:
+    """How often it was done, and in how many seconds. The first time is slower, and counts only where it is long."""
+    began = time.perf_counter()
     work()
+    if least == 1 and (took := time.perf_counter() - began) >= seconds:
+        return 1, took
     times, began = 0, time.perf_counter()
     while times < least or time.perf_counter() - began < seconds:
         work()
@@ -120,43 +124,48 @@ def _repeated(work: Callable[[], object], seconds: float, least: int) -> tuple[i
     return times, time.perf_counter() - began
 
 
-def every_core(folder: Path, mode: str, batch: int, seconds: float, cores: int = CORES) -> float:
-    """Images per second, the sum of a process of one thread for each core, all at the same time."""
+def every_core(folder: Path, way: str, batches: Sequence[int], seconds: float) -> dict[int, float]:
+    """{batch: images per second}, the sum of a process of one thread for each core, all at the same time; none where
+    the model cannot be run in that way."""
     context = multiprocessing.get_context("spawn")  # forked threads of torch hang
-    start = context.Barrier(cores)
-    ends = []
-    for _ in range(cores):
-        ours, theirs = context.Pipe(duplex=False)
-        child = context.Process(target=_draw, args=(folder, mode, batch, seconds, start, theirs))
+    start, answers = context.Barrier(CORES), context.SimpleQueue()
+    arguments = (folder, way, tuple(batches), seconds, start, answers)
+    children = [context.Process(target=_draw, args=arguments) for _ in range(CORES)]
+    for child in children:
         child.start()
-        theirs.close()
-        ends.append((child, ours))
-    rates = []
-    for child, ours in ends:
-        with suppress(EOFError):  # it has failed; its exit status says so
-            rates.append(float(ours.recv()))
+    for child in children:
         child.join()
-    if any(child.exitcode for child, _ in ends):
-        raise RuntimeError(f"{folder.name}: a process failed while it drew ({mode}, batch {batch})")
-    return sum(rates)
+    if any(child.exitcode for child in children):
+        raise RuntimeError(f"{folder.name}: a process failed while it drew ({way})")
+    rates: dict[int, float] = {}
+    while not answers.empty():
+        for batch, rate in answers.get().items():
+            rates[batch] = rates.get(batch, 0.0) + rate
+    return rates
 
 
-def _draw(folder: Path, mode: str, batch: int, seconds: float, start: Any, end: Connection) -> None:
+def _draw(folder: Path, way: str, batches: Sequence[int], seconds: float, start: Any, answers: Any) -> None:
     torch.set_num_threads(1)
-    model = MODES[mode](_checkpoint.load(folder))
-    asked = draws(model.spec, batch, 1, ("a picture",))
-    with torch.inference_mode():
-        sampled(model, asked[:1])
-        start.wait(timeout=300)
-        times, took = _repeated(lambda: sampled(model, asked), seconds, 1)
-    end.send(batch * times / took)
+    rates = {}
+    for batch in batches:
+        try:
+            model = prepared(folder, way, batch)
+        except NotApplicable as e:
+            print(f"benchmarks: {folder.name}: {way}: {e}", file=sys.stderr)
+            break
+        asked = draws(model.spec, batch, 1, ("a picture",))
+        with torch.inference_mode():
+            start.wait(timeout=600)
+            times, took = _repeated(lambda model=model, asked=asked: sampled(model, asked), seconds)
+        rates[batch] = batch * times / took
+    answers.put(rates)
 
 
 # -------------------------------------------------------------------------------------------------------------- quality
 
 
-def quality(folder: Path, mode: str, samples: int, data_dir: Path | None) -> dict[str, float]:
-    """FD-local of samples in a mode, and of as many real images, against as many training images."""
+def quality(folder: Path, way: str, samples: int, data_dir: Path | None) -> dict[str, float]:
+    """FD-local of samples drawn in a way, and of as many real images, against as many training images."""
     from training import data as datasets
     from training.evaluate import matched
     from training.features import feature_space
@@ -166,9 +175,9 @@ def quality(folder: Path, mode: str, samples: int, data_dir: Path | None) -> dic
     about = json.loads((folder / _checkpoint.ABOUT).read_text(encoding="utf-8"))
     data = datasets.load(about["data"]["name"], data_dir)
     space = feature_space(data)
-    model = MODES[mode](_checkpoint.load(folder))
+    model = prepared(folder, way, QUALITY_BATCH)
     asked = draws(model.spec, samples, 1, data.splits["test"].captions)
-    drawn = sample(model, asked, batch=64)
+    drawn = sample(model, asked, QUALITY_BATCH)
     labels = np.array([draw.label for draw in asked])
     real, *others = (space.describe(data.splits["train"].x[i])[0] for i in matched(data.splits["train"], labels, 4))
     floor = [frechet_distance(real, other) for other in others]
@@ -184,24 +193,31 @@ def quality(folder: Path, mode: str, samples: int, data_dir: Path | None) -> dic
 
 def page(results: Results) -> dict[str, str]:
     rows = []
-    for name, batch, mode in results.cases("model", "batch", "mode"):
+    for name, batch, way in results.cases("model", "batch", "way"):
         case = {"model": name, "batch": batch}
-        ours, slow = results.values("ours", **case, mode=mode), results.values("naive", **case)
-        speeds = (results.text("ours", **case, mode=mode), results.text("naive", **case), quotient(ours, slow))
-        rows.append((name, f"{results.values('steps', model=name)[0]:.0f}", str(batch), mode, *speeds))
-    header = ("model", "steps", "batch", "mode", "images/s ↑", "naive", "speed-up ↑")
-    parts = [table(header, rows)]
-    quality_rows = [
-        (name, mode, str(results.samples("fd_local", model=name, mode=mode)), *numbers)
-        for name, mode in dict.fromkeys((n, m) for n, _, m in results.cases("model", "batch", "mode"))
-        if (numbers := [results.text(m, model=name, mode=mode) for m in ("fd_local", "fd_local_real")])[0] != "–"
+        ours, slow = results.values("ours", **case, way=way), results.values("naive", **case)
+        speeds = (results.text("ours", **case, way=way), results.text("naive", **case), quotient(ours, slow))
+        steps = f"{results.values('steps', model=name)[0]:.0f}"
+        rows.append((name, steps, str(batch), way, *speeds))
+    parts = [table(("model", "steps", "batch", "way", "images/s ↑", "naive", "speed-up ↑"), rows)]
+    found = [
+        (name, way) for name, way in results.cases("model", "way") if results.values("fd_local", model=name, way=way)
     ]
-    if quality_rows:
-        parts.append(table(("model", "mode", "samples", "FD-local ↓", "of real images"), quality_rows))
+    if found:
+        numbers = ("fd_local", "fd_local_real", "fd_local_real_spread")
+        quality_rows = [
+            (
+                name,
+                way,
+                str(results.samples("fd_local", model=name, way=way)),
+                *(results.text(m, model=name, way=way) for m in numbers),
+            )
+            for name, way in found
+        ]
+        header = ("model", "way", "samples", "FD-local ↓", "of real images", "their least to most")
+        parts.append(table(header, quality_rows))
     return {"sampling": "\n".join(parts)}
 
 
 if __name__ == "__main__":
-    import sys
-
     alone("sampling", sys.modules[__name__])
