@@ -4,8 +4,8 @@
 
 The bare loop is `init`, `step` … `step`, `image` over one batch after another in one process, without HTTP, queue or
 PNG. The server gets requests of one whole batch of images, or of one image each, from so many clients that three
-batches are always asked for. Both use one thread; then both use all cores: the server a worker for each, the loop as
-many threads.
+batches are always asked for. Where the server has chosen a faster way to run the network, the loop runs it in the same
+way. Both use one thread; then both use all cores: the server a worker for each, the loop as many threads.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import torch
 
-from benchmarks._frame import Bench, Results, alone, quotient, spread, turned
+from benchmarks._frame import Bench, Results, alone, quotient
 from benchmarks._load import Job, Phase
 from benchmarks._page import table
-from benchmarks._servers import STARTING, drawwell, running, subset
-from models import _checkpoint
+from benchmarks._servers import STARTING, Server, drawwell, of_variants, running, subset, variants
+from benchmarks._ways import prepared, way_of
 from models._protocol import Draw, Model
 
 WEIGHT = 3.0
@@ -47,6 +48,7 @@ LOADS = (Load("fashion-mnist-ddpm", 16, 50), Load("fashion-mnist-gan", 64, 1))
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loads", nargs="+", type=_load, default=LOADS, metavar="MODEL:BATCH:STEPS")
+    variants(parser)
 
 
 def _load(text: str) -> Load:
@@ -55,36 +57,42 @@ def _load(text: str) -> Load:
 
 
 def run(bench: Bench, args: argparse.Namespace) -> None:
-    pools = [1] if bench.smallest else sorted({1, os.cpu_count() or 1})
-    cases = [(load, workers) for load in args.loads for workers in pools]
+    settings = of_variants(args, [load.model for load in args.loads])
+    if bench.smallest:
+        settings = dict(list(settings.items())[:1])
+    first, cores = next(iter(settings)), os.cpu_count() or 1
+    cases = [(load, name, 1) for load in args.loads for name in settings]
+    if cores > 1 and not bench.smallest:
+        cases += [(load, first, cores) for load in args.loads]
     # A round takes, of each case, two windows of the server, each with half of one to warm up, and one of the loop.
     seconds = bench.window(4 * len(cases), LEAST, MOST, fixed=STARTING * len(cases))
     with subset(args.models, *(load.model for load in args.loads)) as folder:
-        loaded = {load.model: _checkpoint.load(folder / load.model) for load in args.loads}
-        for number, (load, workers) in bench.interleaved(cases):
-            case = {"model": load.model, "batch": load.batch, "workers": workers}
-            for what in turned(("served", "bare"), number):  # another comes first in every round
-                if what == "served":
-                    for n, (images, took) in served(folder, load, workers, seconds).items():
-                        bench.record({**case, "n": n}, number, "images/s", images, served=images / took)
-                else:
-                    images, took = bare(loaded[load.model], load, workers, seconds)
-                    bench.record(case, number, "images/s", images, bare=images / took)
+        for number, (load, name, workers) in bench.interleaved(cases):
+            case = {"model": load.model, "batch": load.batch, "server": name, "workers": workers}
+            way, found = served(
+                folder, load, drawwell(folder, ",".join(["cpu"] * workers), name, settings[name]), seconds
+            )
+            for n, (images, took) in found.items():
+                bench.record({**case, "n": n}, number, "images/s", images, served=images / took)
+            images, took = bare(prepared(folder / load.model, way, load.batch), load, workers, seconds)
+            bench.record({**case, "way": way}, number, "images/s", images, bare=images / took)
 
 
-def served(folder: Path, load: Load, workers: int, seconds: float) -> dict[int, tuple[int, float]]:
-    """{images a request: (images that a saturated server answered with, in how many seconds)}"""
+def served(folder: Path, load: Load, server: Server, seconds: float) -> tuple[str, dict[int, tuple[int, float]]]:
+    """In which way the server runs the network, and {images a request: (images it answered with, in how many seconds)}
+    when it is saturated."""
     jobs = {n: Job("image", load.body(n), work=n) for n in sorted({load.batch, 1})}
-    rows = {"DRAWWELL_MAX_ROWS": str(load.batch)}
     found = {}
-    with running(drawwell(folder, ",".join(["cpu"] * workers), environment=rows), *jobs.values()) as server:
+    with running(server.with_environment(DRAWWELL_MAX_ROWS=str(load.batch)), *jobs.values()) as started:
+        workers = started.metric("drawwell_workers", state="ready")
+        way = way_of(httpx.get(f"{started.url}/models/{load.model}", timeout=60).raise_for_status().json())
         for n, job in jobs.items():
-            clients = workers * AHEAD * load.batch // n
-            outcome = server.phase(Phase((job,), seconds, clients=clients, warm=seconds / 2))
+            clients = int(workers) * AHEAD * load.batch // n
+            outcome = started.phase(Phase((job,), seconds, clients=clients, warm=seconds / 2))
             if outcome.failed:
                 raise RuntimeError(f"{load.model}: {outcome.failed} requests were refused or failed")
             found[n] = n * len(outcome.completed()), outcome.seconds
-    return found
+    return way, found
 
 
 def bare(model: Model, load: Load, threads: int, seconds: float) -> tuple[int, float]:
@@ -119,13 +127,14 @@ def _threads(count: int) -> Iterator[None]:
 
 def page(results: Results) -> dict[str, str]:
     rows = []
-    for model, batch, n, workers in results.cases("model", "batch", "n", "workers"):
-        case = {"model": model, "batch": batch, "workers": workers}
+    for model, batch, server, workers, n in results.cases("model", "batch", "server", "workers", "n"):
+        case = {"model": model, "batch": batch, "server": server, "workers": workers}
         ours, bare = results.values("served", **case, n=n), results.values("bare", **case)
-        shown = (str(batch), str(n), str(workers), *(s.text() for s in map(spread, (ours, bare))), quotient(ours, bare))
-        rows.append((model, *shown))
-    header = ("model", "rows a batch", "images a request", "threads", "served, images/s", "bare loop", "ratio ↑")
-    return {"overhead": table(header, rows)}
+        ways = dict.fromkeys(m["way"] for m in results.measurements if m.items() >= {**case, "metric": "bare"}.items())
+        speeds = (results.text("served", **case, n=n), results.text("bare", **case), quotient(ours, bare))
+        rows.append((model, str(batch), str(n), server, ", ".join(ways), str(workers), *speeds))
+    header = ("model", "rows a batch", "images a request", "server", "networks run", "threads")
+    return {"overhead": table((*header, "served, images/s ↑", "bare loop", "ratio ↑"), rows)}
 
 
 if __name__ == "__main__":

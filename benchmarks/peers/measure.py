@@ -74,6 +74,7 @@ def _tuned(bench: Bench, names: list[str], folder: Path) -> tuple[list[Server], 
             with running(server, *steps_mix()) as started:
                 outcome = started.phase(closed(steps_mix(), window))
             case = {"server": name, "setting": described(setting)}
+            print(f"benchmarks: {name}, {case['setting']}: {outcome.capacity:.2f} requests/s", flush=True)
             count = len(outcome.completed())
             bench.record(case, 0, "requests/s", count, tuning=outcome.capacity, failed_while_tuning=outcome.failed)
             if name not in best or outcome.capacity > best[name][0]:
