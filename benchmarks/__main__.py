@@ -14,6 +14,7 @@ import traceback
 from typing import Any
 
 from benchmarks import _frame, _page
+from benchmarks.peers._peers import PEERS
 
 # In the order in which they run.
 MODULES = {
@@ -35,6 +36,9 @@ def main() -> int:
     parser.add_argument("--page-only", action="store_true", help="measure nothing; write the page anew")
     args = parser.parse_args()
     names = args.names or list(MODULES)
+    if not args.names and not any(peer.installed for peer in PEERS.values()):
+        print("benchmarks: peers are left out, as none is set up: make peers", file=sys.stderr)
+        names.remove("peers")
     if unknown := [name for name in names if name not in MODULES]:
         parser.error(f"no {', '.join(unknown)}; there are {', '.join(MODULES)}")
     modules = {name: importlib.import_module(MODULES[name]) for name in names}

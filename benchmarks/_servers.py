@@ -28,6 +28,7 @@ from service.supervisor import device_list
 
 START = 600.0  # seconds that a server may take until it answers
 STARTING = 10.0  # seconds, about, that it takes to start and to end, on a quiet machine
+CLIENTS, WARM = 8, 1.0  # that warm it up, for so many seconds
 POLL = 0.5  # seconds between questions whether it does
 REST = 0.2  # of a core: a server that uses less has come to rest
 GRACE = 30.0  # seconds that it may take to end
@@ -142,6 +143,8 @@ def running(server: Server, *jobs: Job) -> Iterator[Running]:
                     log.seek(0)
                     last = log.read().decode(errors="replace").splitlines()[-LINES:]
                     raise RuntimeError(f"{server.name}: {problem}; its log ends:\n" + "\n".join(last))
+            # Asked by several at once, so that every process of it has loaded what it needs.
+            run(url, Phase(jobs, WARM, clients=CLIENTS))
             _wait_until_ready(server, url, child.pid)
             yield Running(server, url, child.pid)
         finally:
