@@ -169,6 +169,19 @@ def describe(
     return {**found, "complexity_bits": complexity}
 
 
+def needed(statistics: int) -> int:
+    """The least number of images that a calibration takes, fit and calibration images together."""
+    return 2 * max(50, 4 * statistics)
+
+
+def halves(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """(fit, calibration): indices of distinct images (N, …). The hash of an image's bytes gives it a place in an order,
+    whose first half is fit: a property of the images, however they are listed."""
+    hashes = (hashlib.blake2b(image.tobytes(), digest_size=8).digest() for image in pixels)
+    order = np.argsort(np.frombuffer(b"".join(hashes), dtype=">u8"), kind="stable")
+    return order[: len(order) // 2], order[len(order) // 2 :]
+
+
 def calibrate(
     fit: Sequence[Mapping[str, float]],
     calibration: Sequence[Mapping[str, float]],
@@ -181,7 +194,7 @@ def calibrate(
     Raises `CalibrationError` for too few images.
     """
     names = tuple(sorted(fit[0])) if fit else ()
-    least = max(50, 4 * len(names))
+    least = needed(len(names)) // 2
     if len(fit) < least or len(calibration) < 20:
         raise CalibrationError(
             f"calibration: {len(fit)} fit and {len(calibration)} calibration images; "

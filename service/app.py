@@ -15,11 +15,21 @@ from service import errors
 from service.broker import Broker
 from service.calibrations import Calibrations
 from service.catalog import Catalog
+from service.drift import Drifts
 from service.ensembles import Ensembles
 from service.middleware import BodyLimit, RequestContext
+from service.routes import calibrations as calibration_routes
 from service.routes import health, images, jobs, models, scores
 from service.routes._services import Services, limits
-from service.schemas import GenerateRequest, ProblemDetails, ScoreOptions, ScoreRequest
+from service.schemas import (
+    CalibrationOptions,
+    CalibrationRequest,
+    ChooseCalibration,
+    GenerateRequest,
+    ProblemDetails,
+    ScoreOptions,
+    ScoreRequest,
+)
 from service.settings import Settings
 
 VERSION = "0.1.0"
@@ -27,8 +37,9 @@ VERSION = "0.1.0"
 
 def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
     """The application. While it runs it keeps the catalog fresh; starting broker and workers is the caller's."""
-    calibrations, ensembles = Calibrations(settings.models), Ensembles(settings.models)
+    calibrations, ensembles = Calibrations(settings.models, settings.catalog_poll_seconds), Ensembles(settings.models)
     services = Services(settings, broker, catalog, limits(settings), calibrations, ensembles)
+    services.drifts = Drifts(settings.drift_models, settings.drift_bound)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -48,10 +59,14 @@ def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.services = services
-    for routes in (images, scores, jobs, models, health):
+    for routes in (images, scores, jobs, models, calibration_routes, health):
         app.include_router(routes.router)
     errors.install(app)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit,
+        limit=settings.max_body_bytes,
+        larger={r"/models/[^/]+/calibration": settings.max_calibration_bytes},
+    )
     app.add_middleware(RequestContext, metrics=services.metrics)  # the last added is the outermost
     return app
 
@@ -66,21 +81,26 @@ class _App(FastAPI):
 
 
 def _bodies() -> dict[str, Any]:
-    bodies: list[type[BaseModel]] = [GenerateRequest, ScoreRequest, ScoreOptions, ProblemDetails]
+    requests: list[type[BaseModel]] = [GenerateRequest, ScoreRequest, CalibrationRequest, ChooseCalibration]
+    bodies: list[type[BaseModel]] = [*requests, ScoreOptions, CalibrationOptions, ProblemDetails]
+    forms = (ScoreOptions, CalibrationOptions)
     _, found = models_json_schema(
-        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+        [(body, "validation") for body in bodies],
+        ref_template="#/components/schemas/{model}",
     )
     schemas: dict[str, Any] = found["$defs"]
-    form = schemas.pop("ScoreOptions")
     files = {
         "type": "array",
         "items": {"type": "string", "format": "binary"},
         "description": "PNG, JPEG, WebP or npy files",
     }
-    schemas["ScoreForm"] = {
-        **form,
-        "title": "ScoreForm",
-        "properties": {**form["properties"], "images": files},
-        "required": [*form["required"], "images"],
-    }
+    for options in forms:
+        form = schemas.pop(options.__name__)
+        name = options.__name__.replace("Options", "Form")
+        schemas[name] = {
+            **form,
+            "title": name,
+            "properties": {**form["properties"], "images": files},
+            "required": [*form.get("required", []), "images"],
+        }
     return schemas

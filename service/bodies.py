@@ -32,12 +32,15 @@ async def read_json(request: Request, schema: type[Schema]) -> Schema:
         raise invalid(e, list(schema.model_fields)) from e
 
 
-async def read_form(request: Request, schema: type[Schema], files: str) -> tuple[Schema, list[bytes]]:
-    """A multipart body: its text fields as `schema`, and the content of each file in the field `files`."""
+async def read_form(
+    request: Request, schema: type[Schema], files: str, most: int = _FILES
+) -> tuple[Schema, list[bytes]]:
+    """A multipart body: its text fields as `schema`, and the content of each file in the field `files`. A form of more
+    than `most` files is not read at all."""
     require_media_type(request, MULTIPART)
     texts: dict[str, str] = {}
     contents: list[bytes] = []
-    async with request.form(max_files=_FILES) as form:
+    async with request.form(max_files=most) as form:
         for name, value in form.multi_items():
             if name == files and isinstance(value, UploadFile):
                 contents.append(await value.read())

@@ -2,8 +2,10 @@
 
     Problem
     ├── Malformed         400   the body cannot be parsed at all
+    ├── Forbidden         403   a setting of the server does not allow it
     ├── UnknownModel      404
     ├── NotAcceptable     406   none of the media types in Accept can be given
+    ├── Conflict          409   not as things stand: the models folder cannot be written, another is at it, ...
     ├── TooLarge          413   the body is longer than the server takes
     ├── WrongMediaType    415   the body is of a type that the route does not read
     ├── Invalid           422   fields are wrong: `errors` names each with its value
@@ -93,6 +95,10 @@ class Malformed(Problem):
     status, kind, title = 400, "malformed", "The body cannot be parsed"
 
 
+class Forbidden(Problem):
+    status, kind, title = 403, "forbidden", "This server does not allow that"
+
+
 class UnknownModel(Problem):
     status, kind, title = 404, "unknown-model", "There is no such model"
 
@@ -111,6 +117,10 @@ class UnknownJob(Problem):
 
 class NotAcceptable(Problem):
     status, kind, title = 406, "not-acceptable", "No such representation"
+
+
+class Conflict(Problem):
+    status, kind, title = 409, "conflict", "Not as things stand"
 
 
 class TooLarge(Problem):
@@ -137,11 +147,13 @@ class Invalid(Problem):
 class NoDensity(Invalid):
     kind, title = "no-density", "The model has no density"
 
-    def __init__(self, model: str, family: str, able: Sequence[str]) -> None:
+    def __init__(
+        self, model: str, family: str, able: Sequence[str], loc: tuple[str | int, ...] = ("body", "model")
+    ) -> None:
         others = f"models that have one: {', '.join(sorted(able))}" if able else "no model here has one"
         super().__init__(
             Fault(
-                ("body", "model"),
+                loc,
                 f"{model} is a {family} without a density: it draws images, and cannot score them; {others}",
                 model,
             )

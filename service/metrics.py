@@ -5,12 +5,13 @@ Names follow Prometheus' conventions: `_total` counts, `_seconds` are times, `_r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from service.broker import WorkerState
+from service.drift import Drifting
 from service.messages import Completed
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
@@ -51,9 +52,10 @@ class Metrics:
             self._queue_seconds.labels(model, kind).observe(completed.queue_seconds)
             self._compute_seconds.labels(model, kind).observe(completed.compute_seconds)
 
-    def exposition(self, pool: Sequence[WorkerState], queued_units: int) -> bytes:
+    def exposition(self, pool: Sequence[WorkerState], queued_units: int, drifts: Iterable[Drifting] = ()) -> bytes:
         """Everything, in Prometheus' text format."""
         told = CollectorRegistry()
+        told.register(_Drifts(drifts))
         told.register(_Pool(pool, queued_units))
         return generate_latest(self.registry) + generate_latest(told)
 
@@ -69,6 +71,26 @@ class JobWatch:
         if self._open:
             self._open = False
             self._metrics.ended(self._model, self._kind, outcome, completed)
+
+
+class _Drifts:
+    """How far watched models' scores have drifted from their calibrations, in this process."""
+
+    def __init__(self, drifts: Iterable[Drifting]) -> None:
+        self._drifts = list(drifts)
+
+    def collect(self) -> Iterator[Metric]:
+        what = "log10 of the evidence that images are not like those of the calibration (2: 100 : 1)"
+        evidence = GaugeMetricFamily("drawwell_calibration_drift_log10", what, labels=["model"])
+        peak = GaugeMetricFamily("drawwell_calibration_drift_peak_log10", "The most that it ever was", labels=["model"])
+        alarm = GaugeMetricFamily("drawwell_calibration_drift_alarm", "1: the bound was reached", labels=["model"])
+        images = CounterMetricFamily("drawwell_calibration_drift_images", "Images that were watched", labels=["model"])
+        for drift in self._drifts:
+            evidence.add_metric([drift.model], drift.evidence)
+            peak.add_metric([drift.model], drift.peak)
+            alarm.add_metric([drift.model], float(drift.alarm))
+            images.add_metric([drift.model], drift.images)
+        yield from (evidence, peak, alarm, images)
 
 
 class _Pool:

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -58,18 +59,23 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body longer than `limit` bytes: at once where Content-Length says so, else at the byte too many."""
+    """Refuses a body longer than `limit` bytes: at once where Content-Length says so, else at the byte too many.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    larger: the limits of paths that are allowed more, by patterns that the whole path matches.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, larger: Mapping[str, int] | None = None) -> None:
         self.app, self.limit = app, limit
+        self.larger = [(re.compile(pattern), allowed) for pattern, allowed in (larger or {}).items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        limit = next((allowed for path, allowed in self.larger if path.fullmatch(scope["path"])), self.limit)
         announced = Headers(scope=scope).get("content-length", "")
-        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.limit):
-            await TooLarge(self.limit).response()(scope, receive, send)
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > limit):
+            await TooLarge(limit).response()(scope, receive, send)
             return
         received = 0
 
@@ -77,8 +83,8 @@ class BodyLimit:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.limit:
-                raise TooLarge(self.limit)
+            if received > limit:
+                raise TooLarge(limit)
             return message
 
         await self.app(scope, receive_within_limit, send)

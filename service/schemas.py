@@ -116,6 +116,30 @@ class ScoreRequest(ScoreOptions):
     )
 
 
+class CalibrationOptions(Request):
+    description: str = Field(
+        "", max_length=500, description="what the images are: kept with the calibration", examples=["line 3, new lamp"]
+    )
+
+
+class CalibrationRequest(CalibrationOptions):
+    """Calibrate on normal images."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"images": ["iVBORw0KGgo…"], "description": "line 3, new lamp"}]}
+    )
+
+    images: list[str] = Field(description="base64 of PNG, JPEG, WebP or npy, all normal, of the model's size")
+
+
+class ChooseCalibration(Request):
+    """Use another calibration."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"version": 0}]})
+
+    version: int = Field(ge=0, description="as listed; 0: the one that came with the model")
+
+
 class Answer(BaseModel):
     """A number that JSON cannot say (infinite, NaN) is null."""
 
@@ -239,6 +263,29 @@ class ScoreResult(ModelScore):
 class Calibration(Answer):
     n: int
     sha256: str
+
+
+class CalibrationVersion(Answer):
+    version: int = Field(description="0: the one that came with the model")
+    current: bool = Field(description="whether it is in use")
+    sha256: str
+    error: str | None = Field(
+        None, exclude_if=lambda v: v is None, description="why it cannot be used; then nothing else is told"
+    )
+    n: int | None = Field(None, description="calibration images; the others chose and fitted the detector")
+    fit_n: int | None = None
+    detector: str | None = None
+    statistics: list[str] = []
+    smallest_alpha: float | None = Field(None, description="at a smaller alpha no image could be an anomaly")
+    data: dict[str, Any] | None = Field(None, description="the images' name and sha256")
+    description: str = ""
+    created: str | None = Field(None, description="ISO 8601, UTC; null of one that came with the model")
+
+
+class CalibrationVersions(Answer):
+    model: str
+    current: int | None = Field(description="the version in use; null: the model has none")
+    versions: list[CalibrationVersion]
 
 
 class ScoreResponse(Answer):

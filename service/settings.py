@@ -57,6 +57,27 @@ class Settings(BaseSettings):
         300.0, gt=0, allow_inf_nan=False, description="longest that a request may take, in seconds"
     )
 
+    allow_calibration: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="whether requests may recalibrate models (POST /models/{id}/calibration); auto: only where the API "
+        "listens on this machine alone, as on 127.0.0.1. The models folder must be writable",
+    )
+    max_calibration_images: int = Field(5000, ge=100, description="most images of one calibration")
+    max_calibration_bytes: int = Field(
+        64 * 2**20, ge=1024, description="longest request body with images to calibrate on, in bytes"
+    )
+    calibration_timeout: float = Field(
+        3600.0, gt=0, allow_inf_nan=False, description="longest that a calibration may take, in seconds"
+    )
+    drift_models: str = Field(
+        "",
+        description="models whose scores are watched for drift away from their calibration, with commas between; *: "
+        "all. For models that see normal images mostly",
+    )
+    drift_bound: float = Field(
+        100.0, gt=1, description="evidence (: 1) from which on drift is warned of; without drift, ever: once in so many"
+    )
+
     catalog_poll_seconds: float = Field(1.0, gt=0, description="how often the models folder is looked at, in seconds")
     keep_alive_seconds: float = Field(
         10.0, gt=0, description="how long a stream may be silent before a comment keeps it open"

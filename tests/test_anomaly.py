@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.covariance import LedoitWolf
 
-from anomaly import calibration, conformal, detectors
+from anomaly import calibration, conformal, detectors, sizes
 from anomaly.calibration import Calibration, CalibrationError, calibrate, describe, unpack
 from anomaly.complexity import compressed_bits
 
@@ -78,6 +80,25 @@ def test_benjamini_hochberg_holds_its_rate() -> None:
     assert np.mean(shares) <= 0.1 + 3 * np.std(shares) / math.sqrt(300)
     assert conformal.discoveries(np.array([0.01, 0.02, 0.9]), 0.05).tolist() == [True, True, False]
     assert not conformal.discoveries(np.array([]), 0.1).any()
+
+
+def test_from_so_many_images_on_a_rate_is_as_near_to_alpha_as_it_says() -> None:
+    """Against every n one by one."""
+    for alpha, factor in ((0.1, 1.5), (0.1, 1.2), (0.05, 1.5)):
+        n = sizes.close(alpha, factor)
+        bounds = {m: conformal.upper_bound(m, conformal.rank(m, alpha)) for m in range(sizes.sizes(alpha).least, 3 * n)}
+        assert max(m for m, bound in bounds.items() if bound > factor * alpha) == n - 1
+    with pytest.raises(ValueError, match="more than 1"):
+        sizes.close(0.1, 1.0)
+
+
+def test_the_page_for_the_inspector_says_what_the_beta_law_says() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "09-anomalies.md").read_text(encoding="utf-8")
+    written = re.search(r"<!-- sizes: begin .*-->\n(.*?)\n<!-- sizes: end -->", page, re.DOTALL)
+    assert written is not None
+    assert written[1] == sizes.table()
+    assert f"{2 * sizes.sizes(0.01).promised:,}" == "598", "«at least 600»"
+    assert 2 * sizes.sizes(0.01).within_half <= 2600, "«2,600»"
 
 
 # ------------------------------------------------------------------------------------------------------------ detectors

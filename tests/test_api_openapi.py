@@ -64,7 +64,7 @@ def test_the_document_stays_whole_when_it_is_asked_for_twice(api: Api) -> None:
 def test_every_route_is_documented_with_its_problems(document: dict[str, Any]) -> None:
     assert document["paths"].keys() == {
         *("/generate", "/score", "/models", "/models/{model_id}", "/healthz", "/readyz", "/metrics"),
-        *("/jobs/{job_id}", "/jobs/{job_id}/events"),
+        *("/jobs/{job_id}", "/jobs/{job_id}/events", "/models/{model_id}/calibration"),
     }
     for path in document["paths"].values():
         for operation in path.values():
@@ -78,11 +78,15 @@ def test_every_route_is_documented_with_its_problems(document: dict[str, Any]) -
     assert {"400", "404", "406", "413", "415", "422", "429", "500", "503", "504"} < generate["responses"].keys()
     score = document["paths"]["/score"]["post"]
     assert score["requestBody"]["content"].keys() == {"application/json", "multipart/form-data"}
+    calibration = document["paths"]["/models/{model_id}/calibration"]
+    assert calibration.keys() == {"get", "post", "put"}
+    assert calibration["post"]["requestBody"]["content"].keys() == {"application/json", "multipart/form-data"}
+    assert {"403", "409"} < calibration["post"]["responses"].keys()
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
 def test_the_examples_of_requests_are_requests(document: dict[str, Any]) -> None:
-    for name in ("GenerateRequest", "ScoreRequest"):
+    for name in ("GenerateRequest", "ScoreRequest", "CalibrationRequest", "ChooseCalibration"):
         component = document["components"]["schemas"][name]
         assert component["examples"]
         for example in component["examples"]:
@@ -101,6 +105,8 @@ async def test_answers_are_as_documented(api: Api, document: dict[str, Any]) -> 
         (await api.post("/score", {"model": "diffusion", "images": [image]}), "ScoreResponse"),
         (await api.post("/score", {"model": "energy", "images": [image]}), "ScoreResponse"),
         (await api.get("/models"), "ModelList"),
+        (await api.get("/models/diffusion/calibration"), "CalibrationVersions"),
+        (await api.get("/models/gan/calibration"), "ProblemDetails"),
         (await api.get("/models/broken"), "ModelEntry"),
         (await api.get("/healthz"), "Health"),
         (await api.get("/readyz"), "Health"),

@@ -352,6 +352,31 @@ MODEL: dict[str, Any] = {
 }
 
 
+def test_a_calibration_sends_the_images_and_waits_for_as_long_as_it_takes() -> None:
+    made = {"version": 2, "current": True, "sha256": "x", "n": 50, "fit_n": 50, "smallest_alpha": 0.02, "created": None}
+    server = Server(
+        httpx.Response(503, json={"title": "busy"}),
+        httpx.Response(201, json=made),
+        httpx.Response(200, json={"model": "m", "current": 2, "versions": [{"version": 0, "sha256": "y"}, made]}),
+        httpx.Response(200, json={"model": "m", "current": 0, "versions": [{"version": 0, "current": True}]}),
+        httpx.Response(403, json={"title": "no", "status": 403, "detail": "DRAWWELL_ALLOW_CALIBRATION is no"}),
+    )
+    with server.client(timeout=5) as well:
+        calibration = well.calibrate("m", [b"a", b"b"], "line 3", timeout=1000)
+        assert (calibration.version, calibration.n, calibration.current) == (2, 50, True)
+        assert [c.version for c in well.calibrations("m")] == [0, 2]
+        assert [c.current for c in well.use_calibration("m", 0)] == [True]
+        with pytest.raises(ApiError, match="DRAWWELL_ALLOW_CALIBRATION"):
+            well.calibrate("m", [b"a"])
+    assert server.body(1) == {"images": [base64.b64encode(x).decode() for x in (b"a", b"b")], "description": "line 3"}
+    first, again, listed, chosen, _ = server.asked
+    assert (first.method, first.url.path) == ("POST", "/models/m/calibration")
+    assert first.headers["Idempotency-Key"] == again.headers["Idempotency-Key"], "tried again, it is made once"
+    assert first.extensions["timeout"]["read"] == 1000
+    assert listed.extensions["timeout"]["read"] == 5
+    assert (chosen.method, server.body(3)) == ("PUT", {"version": 0})
+
+
 def test_models_say_what_they_are() -> None:
     nothing = dict.fromkeys(("family", "image", "steps", "solvers", "likelihood", "conditioning", "accepts", "sha256"))
     failed = {"id": "k", "status": "failed", "error": "weights.safetensors: missing", **nothing}

@@ -152,7 +152,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / "bare", Two(Config(), digits.space), Config(), {"data": digits.description, "metrics": {}}
         )
         shutil.copytree(folder / "bare", folder / "one")
-        calibrate.run(folder / "one", None, None, Console(file=io.StringIO()))
+        calibrate.run([folder / "one"], None, None, Console(file=io.StringIO()))
         shutil.copytree(folder / "one", folder / "two")
     (folder / "page.md").write_text("# Page\n\n<!-- anomalies: begin -->\n<!-- anomalies: end -->\n")
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from service.accepts import Accepts
 from service.broker import Broker, Job, WorkerState
 from service.calibrations import Calibrations
 from service.catalog import Catalog, Entry, Version
+from service.drift import Drifts
 from service.ensembles import Ensembles
 from service.errors import Fault
 from service.forecast import forecast
@@ -32,12 +34,14 @@ class Services:
     calibrations: Calibrations
     ensembles: Ensembles
     metrics: Metrics = field(default_factory=Metrics)
+    drifts: Drifts = field(default_factory=lambda: Drifts("", math.inf))
+    calibrating: set[str] = field(default_factory=set)  # models whose new calibration is being made
     draining: bool = False  # shutting down: no longer ready
 
-    async def model(self, model: str) -> tuple[Entry, Version]:
+    async def model(self, model: str, loc: tuple[str | int, ...] = ("body", "model")) -> tuple[Entry, Version]:
         """A model that can be asked, and its version in service. Raises `UnknownModel` or `Unavailable`."""
         pool = await self.broker.pool()
-        entry = self.entry(model, pool, ("body", "model"))
+        entry = self.entry(model, pool, loc)
         if entry.version is None or entry.status == "failed":
             raise errors.Unavailable(f"model: {model} cannot be used: {entry.error}")
         return entry, entry.version
@@ -99,8 +103,10 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ProblemDetails"}}}
     meanings = {
         400: "The body cannot be parsed",
+        403: "A setting of the server does not allow it",
         404: "There is no such model, or job",
         406: "None of the media types in Accept can be given",
+        409: "Not as things stand: the models folder cannot be written, or another request is at it",
         413: "The body is too long",
         415: "The body is of another media type",
         422: "The request is not valid: `errors` names each field and its value",

@@ -24,7 +24,7 @@ async def healthz() -> Health:
 async def metrics(services: Served) -> Response:
     """Prometheus: this API process' counters, and what the workers last told of themselves."""
     pool, units = await services.broker.pool(), await services.broker.queued_units()
-    return Response(services.metrics.exposition(pool, units), media_type=CONTENT_TYPE_LATEST)
+    return Response(services.metrics.exposition(pool, units, services.drifts), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/readyz", response_model=Health, responses=problems(503))

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from anomaly.calibration import CalibrationError
@@ -20,15 +19,15 @@ from service.errors import Fault
 from service.images import encode, off_loop
 from service.jobs import unless_hung_up
 from service.messages import Pixels, Scored
+from service.routes._scoring import decoded, scorer_of
 from service.routes._services import Served, Services, problems, tenant
-from service.schemas import Anomaly, ImageShape, ModelScore, ScoreOptions, ScoreRequest, ScoreResponse, ScoreResult
+from service.schemas import Anomaly, ModelScore, ScoreOptions, ScoreRequest, ScoreResponse, ScoreResult
 from service.scoring import Drawn, Found, How, Scorer
 
 router = APIRouter(tags=["scores"])
 
 _UNLABELLED = -1
 _COMPRESSION = 100  # times what decoding an image takes
-_DECODED_FAR_FROM_LOOP = 2**31  # whatever the model's size: images that are resized may be as large as the limit
 
 
 @router.post(
@@ -62,7 +61,7 @@ async def score(request: Request, services: Served) -> Response:
         options, files = await read_form(request, ScoreOptions, "images")
     timeout = options.timeout or services.settings.request_timeout
     how = How(options.priority, tenant(request), timeout, asyncio.get_running_loop().time() + timeout)
-    scorers = [await _scorer(model, services) for model in _names(options)]
+    scorers = [await scorer_of(model, services) for model in _names(options)]
     scorers = _check(options, files, scorers, services, from_form=media_type(request) == MULTIPART)
     own = [await services.calibrations.of(scorer.id, scorer.version) for scorer in scorers]
     whole = await _together(scorers, own, services)
@@ -72,7 +71,7 @@ async def score(request: Request, services: Served) -> Response:
         raise errors.Invalid(Fault(("body", "alpha"), f"{_told(options)}: {e}", options.alpha)) from None
     no_maps = scoring.no_maps(options, [scorers[k] for k in whole.order], whole.known) if options.heatmap else None
     shape = scorers[0].version.spec.image
-    pixels, resized = await _decode(files, shape, options.resize, services.settings.max_image_side)
+    pixels, resized = await decoded(files, shape, options.resize, services.settings.max_image_side)
     mapped = options.heatmap and no_maps is None
     asked = scoring.ask(scorers, pixels, mapped, how, services.broker, services.metrics, services.admit)
     found = await unless_hung_up(request.receive, asked)
@@ -80,6 +79,7 @@ async def score(request: Request, services: Served) -> Response:
     answer.warnings.extend(_warnings(options, scorers, found, whole.known, resized))
     if no_maps is not None:
         answer.warnings.append(no_maps)
+    answer.warnings.extend(_drift(scorers, own, answer, services))
     return Response(answer.model_dump_json(), media_type=JSON)
 
 
@@ -92,20 +92,6 @@ def _names(options: ScoreOptions) -> list[str]:
 
 def _told(options: ScoreOptions) -> str:
     return " and ".join(_names(options))
-
-
-async def _scorer(model: str, services: Services) -> Scorer:
-    """A model's version in service and its likelihood. Raises `NoDensity` where it has none."""
-    entry, version = await services.model(model)
-    if version.spec.likelihood is None:
-        pool = await services.broker.pool()
-        able = [
-            e.id
-            for e in services.catalog.entries(pool)
-            if e.status != "failed" and e.version and e.version.spec.likelihood
-        ]
-        raise errors.NoDensity(entry.id, version.spec.family, able)
-    return Scorer(entry.id, version, version.spec.likelihood)
 
 
 def _check(
@@ -144,32 +130,6 @@ async def _together(scorers: Sequence[Scorer], own: Sequence[Known], services: S
     if len(scorers) == 1:
         return Together(own[0], (scorers[0].id,), (0,))
     return await services.ensembles.of([s.id for s in scorers], [s.version for s in scorers])
-
-
-async def _decode(
-    files: Sequence[str | bytes], shape: ImageShape, resize: bool, max_side: int
-) -> tuple[Pixels, list[int]]:
-    """Files -> pixels (N, C, H, W), and which of them were resized. Raises `Invalid`, naming each that is refused."""
-
-    def work() -> tuple[list[Pixels], list[int], list[Fault]]:
-        decoded, resized, faults = [], [], []
-        for k, file in enumerate(files):
-            try:
-                data = images.from_base64(file) if isinstance(file, str) else file
-                image = images.decode(data, shape, resize=resize, max_side=max_side)
-            except images.ImageRefused as e:
-                faults.append(Fault(("body", "images", k), str(e), file if isinstance(file, str) else None))
-                continue
-            decoded.append(image.pixels)
-            if image.resized:
-                resized.append(k)
-        return decoded, resized, faults
-
-    cost = _DECODED_FAR_FROM_LOOP if resize else len(files) * shape.width * shape.height * shape.channels
-    decoded, resized, faults = await off_loop(cost, work)
-    if faults:
-        raise errors.Invalid(*faults)
-    return np.stack(decoded), resized
 
 
 # -------------------------------------------------------------------------------------------------------------- answers
@@ -265,6 +225,17 @@ def _score(scored: Scored, dims: int, described: dict[str, float], anomaly: Anom
         anomaly=anomaly,
         statistics={name: value for name, value in described.items() if name != "energy"},
     )
+
+
+def _drift(scorers: Sequence[Scorer], own: Sequence[Known], answer: ScoreResponse, services: Services) -> Iterator[str]:
+    """Show each watched model's scores to its watch; what that says."""
+    for scorer, known in zip(scorers, own, strict=True):
+        scores = [(result.members or {}).get(scorer.id, result).anomaly for result in answer.results]
+        seen = [anomaly.score for anomaly in scores if anomaly is not None]
+        if known.calibration is not None and seen:
+            warning = services.drifts.saw(scorer.id, known.sha256, known.calibration, seen)
+            if warning is not None:
+                yield warning
 
 
 def _anomalies(

@@ -21,12 +21,13 @@ from drawwell.errors import (
     TransportError,
 )
 from drawwell.events import Completed, Drawn, Event, Progress, Queued
-from drawwell.schemas import Anomaly, Images, Model, ModelScore, Score, Scores
+from drawwell.schemas import Anomaly, Calibration, Images, Model, ModelScore, Score, Scores
 
 __all__ = [
     "Anomaly",
     "ApiError",
     "Busy",
+    "Calibration",
     "Client",
     "Completed",
     "ContractError",

@@ -17,7 +17,7 @@ from PIL import Image
 
 from drawwell.errors import ContractError, TimedOut
 from drawwell.events import Event, read
-from drawwell.schemas import Generated, Images, Model, Scored, Scores, parse
+from drawwell.schemas import Calibration, Calibrations, Generated, Images, Model, Scored, Scores, parse
 from drawwell.transport import Transport
 
 # A picture, the bytes of a picture file, or the path of one.
@@ -129,6 +129,29 @@ class Client:
         several = [images] if isinstance(images, Image.Image | bytes | str | PathLike) else images
         body = _body(settings, model=who, images=[_encode(image) for image in several])
         return Scores(parse(Scored, self._transport.json("POST", "/score", body)))
+
+    # -------------------------------------------------------------------------------------------------- calibration
+
+    def calibrate(
+        self, model: str, images: Iterable[ImageLike], description: str = "", timeout: float = 3600.0
+    ) -> Calibration:
+        """Let `model` learn what is normal from images that all are, without retraining it: at least 100, no two the
+        same. `score` judges by it from then on; the calibrations before are kept.
+
+        description: of the images, kept with the calibration. timeout: seconds to wait for the answer, which comes when
+        all images have been scored. A server whose settings do not allow it answers 403, an `ApiError`.
+        """
+        body = {"images": [_encode(image) for image in images], "description": description}
+        return parse(Calibration, self._transport.json("POST", f"/models/{model}/calibration", body, timeout))
+
+    def calibrations(self, model: str) -> list[Calibration]:
+        """The calibrations of `model`, old ones too; that with `current` is in use."""
+        return list(parse(Calibrations, self._transport.json("GET", f"/models/{model}/calibration")).versions)
+
+    def use_calibration(self, model: str, version: int) -> list[Calibration]:
+        """Judge by another calibration of `model` from now on; 0 is the one that came with it."""
+        answer = self._transport.json("PUT", f"/models/{model}/calibration", {"version": version})
+        return list(parse(Calibrations, answer).versions)
 
     # ------------------------------------------------------------------------------------------------------- models
 

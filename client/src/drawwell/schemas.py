@@ -225,6 +225,28 @@ def grid(pictures: Sequence[Image.Image], columns: int | None = None, scale: int
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
+class Calibration(Schema):
+    """What counts as normal for a model, by the images that it was calibrated on."""
+
+    version: int  # 0: the one that came with the model
+    current: bool = False  # whether it is in use
+    sha256: str = ""
+    error: str | None = None  # why it cannot be used; then nothing else is told
+    n: int | None = None  # images whose scores are p-values; as many others chose and fitted the detector
+    fit_n: int | None = None
+    detector: str | None = None
+    statistics: tuple[str, ...] = ()
+    smallest_alpha: float | None = None  # at a smaller alpha no image could be an anomaly
+    description: str = ""
+    created: str | None = None
+
+
+class Calibrations(Schema):
+    """All of a model's."""
+
+    versions: tuple[Calibration, ...] = ()
+
+
 class Anomaly(Schema):
     """Is the image unlike what the model has learnt? A p-value against images that are not anomalies."""
 

@@ -41,9 +41,10 @@ class Transport:
         self.retries = retries
         self.sleep = sleep
 
-    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The answer's JSON. Raises a `DrawwellError`."""
-        response = self._send(method, path, body)
+    def json(self, method: str, path: str, body: Mapping[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """The answer's JSON. timeout: seconds without a sign of life that an attempt may take, where they are more than
+        the client's. Raises a `DrawwellError`."""
+        response = self._send(method, path, body, timeout=timeout)
         try:
             return response.json()
         except ValueError as error:
@@ -63,13 +64,15 @@ class Transport:
         body: Mapping[str, Any] | None,
         headers: Mapping[str, str] | None = None,
         stream: bool = False,
+        timeout: float | None = None,
     ) -> httpx.Response:
+        waits = httpx.USE_CLIENT_DEFAULT if timeout is None else httpx.Timeout(timeout, connect=min(timeout, 10.0))
         headers = {**(headers or {}), **({"Idempotency-Key": str(uuid.uuid4())} if method == "POST" else {})}
         attempt = 0
         while True:
             try:
                 response = self.http.send(
-                    self.http.build_request(method, path, json=body, headers=headers), stream=stream
+                    self.http.build_request(method, path, json=body, headers=headers, timeout=waits), stream=stream
                 )
                 if not response.is_success:
                     with closing(response):
