@@ -3,8 +3,10 @@
 A model's surprise has a unit of its own, and pixels differ in what is normal: at the rim of a centred picture nothing
 ever happens. So maps are compared with those of normal images, never with their own largest value:
 
-    smoothed      by a Gaussian of a 14th of the shorter side, since pixels are noisy and defects are larger than one
-    height        (surprise − centre) / scale of the pixel: centre is its median over the fit images; scale is what the
+    local         root of the mean square of the surprise around the pixel, weighed by a Gaussian of a tenth of the
+                  shorter side: a single pixel is noisy, and a defect is larger. Squares, since what was expected is
+                  subtracted already: a patch that says less than it should is as odd as one that says more
+    height        (local − centre) / scale of the pixel: centre is its median over the fit images; scale is what the
                   UPPER quantile lies above the median, half the pixel's own and half the mean of all, so that a place
                   where normal images never differ does not glow at a trifle
     maxima        the greatest height anywhere in each calibration image, sorted
@@ -29,7 +31,7 @@ from anomaly.conformal import Floats
 
 Surprises: TypeAlias = NDArray[np.floating]  # (n, H, W) of n images
 
-WIDTH = 1 / 14  # standard deviation of the smoothing, of the shorter side
+WIDTH = 1 / 10  # standard deviation of the neighbourhood, of the shorter side
 UPPER = 0.95
 REFERENCE = 0.01  # share of normal images that anywhere exceed what is shown as MIDDLE
 MIDDLE = 128
@@ -46,7 +48,7 @@ class Maps:
     def heights(self, surprises: Sequence[Surprises]) -> Floats:
         """(n, H, W) of the surprises of each of the M models."""
         each = [
-            (smoothed(found) - centre) / scale
+            (local(found) - centre) / scale
             for found, centre, scale in zip(surprises, self.centre, self.scale, strict=True)
         ]
         return np.asarray(np.mean(each, axis=0), dtype=np.float64)
@@ -76,9 +78,9 @@ class Maps:
 
 def fit(fit_images: Sequence[Surprises], calibration_images: Sequence[Surprises]) -> Maps:
     """From the surprises of each model, at fit and at calibration images, all normal and none in both."""
-    smooth = [smoothed(found) for found in fit_images]
-    centre = np.stack([np.median(found, axis=0) for found in smooth])
-    spread = np.stack([np.quantile(found, UPPER, axis=0) for found in smooth]) - centre
+    around = [local(found) for found in fit_images]
+    centre = np.stack([np.median(found, axis=0) for found in around])
+    spread = np.stack([np.quantile(found, UPPER, axis=0) for found in around]) - centre
     scale = 0.5 * spread + 0.5 * spread.mean(axis=(1, 2), keepdims=True)
     scale = np.where(scale > 0, scale, 1.0)
     unsorted = Maps(centre, scale, np.zeros(0))
@@ -86,12 +88,12 @@ def fit(fit_images: Sequence[Surprises], calibration_images: Sequence[Surprises]
     return Maps(centre, scale, np.sort(maxima))
 
 
-def smoothed(surprises: Surprises) -> Floats:
-    """(…, H, W), with mirrored edges."""
-    found = np.asarray(surprises, dtype=np.float64)
+def local(surprises: Surprises) -> Floats:
+    """(…, H, W) roots of mean squares, with mirrored edges."""
+    found = np.square(np.asarray(surprises, dtype=np.float64))
     for axis in (-1, -2):
         found = np.moveaxis(_along(np.moveaxis(found, axis, -1), WIDTH * min(surprises.shape[-2:])), -1, axis)
-    return found
+    return np.asarray(np.sqrt(found))
 
 
 def _along(values: Floats, width: float) -> Floats:

@@ -236,8 +236,8 @@ class FlowModel(_protocol.Model, OnePassDensity, Localiser):
         return Score(log_prob=discrete_log_prob(log_p_z + log_det, self.spec.image.dims), statistics=statistics)
 
     def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Σ ½ z² of the latents at the pixel's place, of every scale; those of a coarse one are shared evenly by the
-        pixels that they stand for.
+        """The root of Σ ½ z² over the latents at the pixel's place, of every scale; those of a coarse one are shared
+        evenly by the pixels that they stand for.
 
         Without the gradient ∂ log p/∂x: where grey levels pass a logit, it is large at every black pixel."""
         z, _ = self.encode(_dequantised(x), labels)
@@ -246,7 +246,7 @@ class FlowModel(_protocol.Model, OnePassDensity, Localiser):
             energy = 0.5 * latent.square().sum(dim=1, keepdim=True)  # (B, 1, H / 2^i, W / 2^i)
             share = energy[0].numel() / total[0].numel()
             total = total + share * F.interpolate(energy, size=x.shape[2:], mode="nearest")
-        return total[:, 0]
+        return total[:, 0].sqrt()
 
 
 def _dequantised(x: Tensor) -> Tensor:

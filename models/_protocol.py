@@ -364,11 +364,12 @@ class Localiser(abc.ABC):
 
     @abc.abstractmethod
     def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
-        """(B, H, W) float32 of images x (B, C, H, W) and labels (B,): the higher, the more unexpected is the pixel.
+        """(B, H, W) float32 of x (B, C, H, W) and labels (B,): the farther from 0, the more unexpected is the pixel.
 
-        Its unit is the family's own: heat maps compare it with that of normal images (`anomaly.heatmaps`). What is to
-        be expected of a pixel, given what else the model knows, is best subtracted: an edge is no surprise merely
-        because nobody could have said where exactly it lies. Deterministic, row by row, like a score.
+        Its unit is the family's own: heat maps compare its size with that of normal images (`anomaly.heatmaps`). What
+        is to be expected of a pixel, given what else the model knows, is best subtracted: an edge is no surprise merely
+        because nobody could have said where exactly it lies. Below zero is then less than was expected, as odd as
+        more. Deterministic, row by row, like a score.
         """
 
     def map_init(self, x: Tensor, labels: Tensor) -> MapRows:

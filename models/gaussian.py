@@ -315,12 +315,12 @@ class Model(_protocol.Model, OnePassDensity, Localiser):
         )
 
     def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
-        """½ r², r a pixel's distance from what all others let expect, in standard deviations; summed over channels, in
-        the mean over Gaussians by their responsibilities. ½ is to be expected of each."""
+        """A pixel's distance from what all others let expect, in standard deviations: the root of its mean square over
+        the Gaussians by their responsibilities, summed over channels."""
         y, gaussians = _centres(x), self.gaussians
         r = (self.log_weights_given(labels) + gaussians.log_density(y)).softmax(dim=1)
-        found = 0.5 * torch.einsum("bk,bkd->bd", r, gaussians.residuals(y))
-        return found.view(x.shape).sum(dim=1).float()
+        found = torch.einsum("bk,bkd->bd", r, gaussians.residuals(y))
+        return found.view(x.shape).sum(dim=1).sqrt().float()
 
 
 def _centres(x: Tensor) -> Tensor:

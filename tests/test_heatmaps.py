@@ -28,11 +28,11 @@ def maps() -> Maps:
     return heatmaps.fit([rough(300, 0)], [rough(400, 1)])
 
 
-def test_smoothing_is_scipys() -> None:
+def test_the_neighbourhood_is_a_gaussian_filter() -> None:
     x = rough(3, 9)
-    expected = scipy.ndimage.gaussian_filter(x, (0, 2, 2), mode="reflect", truncate=3)
-    np.testing.assert_allclose(heatmaps.smoothed(x), expected, rtol=1e-12)
-    np.testing.assert_allclose(heatmaps.smoothed(np.full((2, 3, 1), 7.0)), 7.0)
+    expected = scipy.ndimage.gaussian_filter(x**2, (0, 2.8, 2.8), mode="reflect", radius=9)
+    np.testing.assert_allclose(heatmaps.local(x), np.sqrt(expected), rtol=1e-12)
+    np.testing.assert_allclose(heatmaps.local(np.full((2, 3, 1), -7.0)), 7.0)
 
 
 def test_of_normal_images_as_many_have_a_mask_as_were_asked_for(maps: Maps) -> None:
@@ -71,8 +71,8 @@ def test_no_map_is_scaled_by_its_own_largest_value(maps: Maps) -> None:
 
 def test_a_unit_makes_no_difference_and_models_are_averaged(maps: Maps) -> None:
     fit, held_out, new = rough(300, 0), rough(400, 1), rough(5, 5)
-    same = heatmaps.fit([fit, 1e3 * fit - 7], [held_out, 1e3 * held_out - 7])
-    np.testing.assert_allclose(same.heights([new, 1e3 * new - 7]), maps.heights([new]), rtol=1e-6, atol=1e-9)
+    same = heatmaps.fit([fit, -1e3 * fit], [held_out, -1e3 * held_out])
+    np.testing.assert_allclose(same.heights([new, -1e3 * new]), maps.heights([new]), rtol=1e-6, atol=1e-9)
     one, other = heatmaps.fit([fit], [held_out]), heatmaps.fit([rough(300, 6)], [rough(400, 7)])
     both = heatmaps.fit([fit, rough(300, 6)], [held_out, rough(400, 7)])
     mean = (one.heights([new]) + other.heights([new])) / 2
