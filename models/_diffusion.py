@@ -79,7 +79,8 @@ def solver_table(solver: str, steps: int, alpha: Tensor, sigma: Tensor) -> Tenso
 
 def stratified(n: int, device: torch.device) -> Tensor:
     """(n,) in [0, 1), one in each n-th of it: a batch of times that covers all of them evenly (2107.00630, §I.1)."""
-    return (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    times = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    return times.clamp(max=1 - 2**-24)  # a last one just below 1 was rounded to it
 
 
 def detailed(x: Tensor, periods: Sequence[float]) -> Tensor:

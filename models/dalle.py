@@ -173,7 +173,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
             **_codes.begin(draws, self.autoencoder.tokens, self.config.groups, self.config.codes, device),
             cache=self.transformer.begin(self.prompt(text)[:, :-1]),
             last=text[:, -1],
-            guidance=torch.tensor(told, device=device)[:, None],
+            guidance=torch.tensor(told, dtype=torch.float32, device=device)[:, None],
             uncaptioned=tuple(part.repeat(len(draws), *(1,) * (part.dim() - 1)) for part in blank),
         )
 

@@ -269,7 +269,7 @@ class VAE(_protocol.Model, _protocol.Density, _protocol.Autoencoder, _protocol.L
             seed=_random.seed_bits([d.seed for d in draws], device),
             sample=torch.tensor([d.sample for d in draws], device=device),
             label=torch.tensor([d.label for d in draws], device=device),
-            temperature=torch.tensor([d.temperature for d in draws], device=device),
+            temperature=torch.tensor([d.temperature for d in draws], dtype=torch.float32, device=device),
             drawn=torch.tensor([d.solver == "draw" for d in draws], device=device),
             x=torch.full((b, *self.spec.image.shape), 0.5, device=device),
         )

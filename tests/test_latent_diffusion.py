@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models import _checkpoint, latent_diffusion
+from models._diffusion import stratified
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
 from training.recipes import recipes
 
@@ -287,3 +288,12 @@ def test_recipes_let_the_learning_rate_descend_anew_where_the_second_stage_begin
     assert runs
     for run in runs:
         assert run.restarts == (int(run.config.autoencoder_share * run.steps),)
+
+
+def test_times_of_a_batch_cover_the_unit_interval_and_never_reach_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for drawn in (0.0, 0.5, 1 - 2**-24):  # the last is the largest that float32 draws below 1
+        monkeypatch.setattr(torch, "rand", lambda n, device, drawn=drawn: torch.full((n,), drawn))
+        times = stratified(64, torch.device("cpu"))
+        assert torch.equal((times * 64).long(), torch.arange(64))
+        assert times.max() < 1
+        assert (times * 1000).long().max() <= 999
