@@ -221,7 +221,11 @@ def pixelcnn() -> Run:
 
 
 def pixel_transformer() -> Run:
-    """Class-conditional pixel transformer, five layers that look near and up: 45 CPU minutes of one thread."""
+    """Class-conditional pixel transformer, five layers that look near and up: 50 CPU minutes of one thread.
+
+    Reached on the 10,000 test images 2.78 bits/dim without labels and 2.76 given them. 71 % of 1,000 samples were
+    classified as the class asked for, by a network that is right about 92 % of the test images: texture comes first.
+    """
     return Run(
         family="pixel_transformer",
         config=models.pixel_transformer.Config(),
