@@ -43,8 +43,8 @@ def consistency() -> Run:
     """Consistency model distilled from the zoo's DDPM under guidance 1.5: samples in one step. 27 CPU minutes of one
     thread.
 
-    Of 1,000 samples drawn in one step 96 % were classified as the class asked for, by a network that is right about 92 %
-    of the test images. FD-local 31 in one step, 20 in two, 15 in four (its teacher in 50 steps: 9).
+    Of 1,000 samples drawn in one step 96 % were classified as the class asked for, by a network that is right about
+    92 % of the test images. FD-local 31 in one step, 20 in two, 15 in four (its teacher in 50 steps: 9).
     """
     return Run(
         family="consistency",

@@ -11,8 +11,8 @@ def dalle() -> Run:
     """Text to image: 64 patches of two codes, a transformer of four layers over captions and codes: 35 CPU minutes of
     one thread.
 
-    Of 1,000 samples for held-out captions 74 % have arrangement, counts, colours and shapes all right, as a network reads
-    them that was trained on the drawn pictures: counts 83 %, shapes 91 %, colours 97 %.
+    Of 1,000 samples for held-out captions 74 % have arrangement, counts, colours and shapes all right, as a network
+    reads them that was trained on the drawn pictures: counts 83 %, shapes 91 %, colours 97 %.
     """
     return Run(
         family="dalle",
