@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from servers import Server
 
 import models
 from anomaly import ensembles
@@ -91,3 +95,42 @@ def test_what_is_no_ensemble_is_refused_before_any_work(
 def test_what_is_no_ensemble_file_is_refused(broken: bytes) -> None:
     with pytest.raises(ensembles.CalibrationError, match=r"ensemble\.json"):
         ensembles.unpack(broken)
+
+
+@pytest.mark.slow
+def test_a_server_judges_draws_maps_and_takes_members_together(zoo: Path) -> None:
+    """The real thing, from the command line to the answer: what it says is what the calibrations say here."""
+    members = ["bayesnet", "gaussian"]
+    for name in members:
+        assert main(["calibrate", str(zoo / name)]) == 0
+    assert main(["calibrate", *(str(zoo / name) for name in members), "--out", str(zoo / "both")]) == 0
+    x = data.load("digits").splits["test"].x[:6].copy()
+    x[3:, :, 2:6, 2:6] = 255 - x[3:, :, 2:6, 2:6]
+    content = []
+    for image in x:
+        out = io.BytesIO()
+        np.save(out, image[0])
+        content.append(base64.b64encode(out.getvalue()).decode())
+    server = Server(zoo, zoo.parent / "serve.log", devices="cpu")
+    try:
+        server.wait_for("/readyz")
+        body = {"images": content, "alpha": 0.05, "heatmap": True}
+        asked = ("gaussian", members[::-1])
+        alone, together = (server.client.post("/score", json={**body, "model": who}).json() for who in asked)
+    finally:
+        server.close()
+    assert alone["warnings"] == together["warnings"] == []
+    models_ = [_checkpoint.load(zoo / name) for name in members]
+    each = [calibrate.described(model, x) for model in models_]
+    surprise = [calibrate.surprises(model, x) for model in models_]
+    made = unpack((zoo / "both" / "calibration.safetensors").read_bytes())
+    joined = [ensembles.joined(members, of_image) for of_image in zip(*each, strict=True)]
+    assert [r["anomaly"]["score"] for r in together["results"]] == pytest.approx(made.score(joined).tolist(), rel=1e-4)
+    own = unpack((zoo / "gaussian" / "calibration.safetensors").read_bytes())
+    assert [r["anomaly"]["score"] for r in alone["results"]] == pytest.approx(own.score(each[1]).tolist(), rel=1e-4)
+    assert together["results"][0]["members"]["gaussian"]["anomaly"] == alone["results"][0]["anomaly"]
+    for answer, maps, seen in ((together, made.maps, surprise), (alone, own.maps, surprise[1:])):
+        assert maps is not None
+        expected = maps.picture(maps.heights(seen))
+        shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(r["heatmap"])))) for r in answer["results"]]
+        assert np.abs(np.stack(shown).astype(int) - expected).max() <= 1
