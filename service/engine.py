@@ -192,11 +192,17 @@ class Engine:
         """Drop a job without a word: somebody else does it."""
         self._scheduler.drop(job_id)
         self._jobs.pop(job_id, None)
+        self._let_go()
 
     @property
     def jobs(self) -> int:
         """Jobs that have not ended."""
         return len(self._jobs)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that running rows hold on the device."""
+        return sum(_rows.nbytes(lane.rows) for lane in self._lanes.values() if lane.rows is not None)
 
     def load(self) -> dict[str, Load]:
         """What each model's lanes do, by "<model>/draw", "<model>/score" and "<model>/map"."""
@@ -211,6 +217,8 @@ class Engine:
         plan = self._scheduler.plan(self._clock())
         for job_id, reason in plan.leave:
             self._end(job_id, Failed(reason, f"the job was {reason} before it finished"))
+        if plan.leave:
+            self._let_go()
         if plan.lane is None:
             return bool(plan.leave)
         with torch.inference_mode():
@@ -218,8 +226,13 @@ class Engine:
         self._retire()
         return True
 
-    # ---------------------------------------------------------------------------------------------------------- one
-    # step
+    def _let_go(self) -> None:
+        """Free what is held of rows whose jobs are gone, in every lane: it may be long until one steps again."""
+        for lane in self._lanes.values():
+            self._keep(lane, [row for row in lane.ids if row.job in self._jobs])
+        self._retire()
+
+    # ------------------------------------------------------------------------------------------------------- one step
 
     def _step(self, plan: Plan, lane: _Lane) -> None:
         assert plan.lane is not None

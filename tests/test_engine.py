@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toys import Config, Walk
+from toys import Config, Walk, WalkRows
 
 from models._protocol import ImageSpace
 from service.engine import Engine
 from service.messages import Completed, Failed, Generate, ImageDone, Message, Progress, Scored, ScoreImages, Started
 
 SPACE = ImageSpace(width=3, height=2, channels=1)
+CANCELLED = "the job was cancelled before it finished"
 
 
 class Desk:
@@ -195,6 +196,59 @@ def test_the_same_job_twice_is_refused_without_harm_to_the_first() -> None:
         desk.engine.submit("a", "walk", Generate(1, seed=1, steps=3))
     desk.run()
     assert isinstance(desk.last("a"), Completed)
+
+
+class Watched(Walk):
+    """Notes the seeds of the rows of each step."""
+
+    def __init__(self, config: Config, space: ImageSpace) -> None:
+        super().__init__(config, space)
+        self.steps: list[set[int]] = []
+
+    def step(self, rows: WalkRows) -> WalkRows:
+        self.steps.append(set(rows.seed.tolist()))
+        return super().step(rows)
+
+
+def test_a_cancelled_jobs_rows_are_gone_before_the_next_step() -> None:
+    desk, watched = Desk(), Watched(Config(), SPACE)
+    desk.engine.put("walk", "2", watched)
+    desk.engine.submit("stays", "walk", Generate(3, seed=1, steps=50))
+    desk.engine.submit("goes", "walk", Generate(5, seed=2, steps=50))
+    for _ in range(10):
+        desk.engine.step()
+    before = len(watched.steps)
+    desk.engine.cancel("goes")
+    desk.engine.step()
+    after = watched.steps[before:]
+    assert sum(2 in seeds for seeds in after) <= 1, "steps that its rows still took part in"
+    assert after == [{1}], "none, as it is"
+    assert desk.engine.load()["walk/draw"].running == 3
+    desk.engine.cancel("stays")
+    desk.engine.step()
+    assert len(watched.steps) == before + 1, "nobody is left, so there is no step"
+    assert desk.engine.held_bytes == 0
+
+
+def test_ten_cancelled_neighbours_change_nobodys_pixels() -> None:
+    rng = random.Random(4)
+    for _ in range(5):
+        desk = Desk(max_rows=rng.choice([4, 16, 64]))
+        kept = {f"kept{k}": Generate(rng.randint(1, 4), seed=rng.getrandbits(64), steps=30) for k in range(3)}
+        unwanted = [f"unwanted{k}" for k in range(10)]
+        jobs = [*kept, *unwanted]
+        rng.shuffle(jobs)
+        for name in jobs:
+            desk.engine.submit(name, "walk", kept.get(name) or Generate(rng.randint(1, 4), rng.getrandbits(64), 30))
+            desk.engine.step()
+        for name in unwanted:
+            desk.engine.cancel(name)
+            for _ in range(rng.randint(0, 3)):
+                desk.engine.step()
+        desk.run()
+        assert sum(desk.last(name) == Failed("cancelled", CANCELLED) for name in unwanted) >= 5
+        for name, task in kept.items():
+            np.testing.assert_array_equal(desk.images(name), alone(task))
 
 
 def test_tenants_are_charged_what_their_rows_take() -> None:

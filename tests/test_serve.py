@@ -19,6 +19,7 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from servers import DDPM, GAN, VAE, Server, write
 
 from models import _checkpoint
@@ -89,6 +90,37 @@ def test_the_same_alone_and_amid_others_with_other_everything(server: Server) ->
 def hang_up(server: Server, body: dict[str, Any]) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.client.base_url}/generate", json=body, timeout=0.3)
+
+
+def test_hanging_up_frees_the_rows_at_once(server: Server) -> None:
+    """Counted in steps: those that its rows take part in, from when the client is gone, are few of those left."""
+    body = {"model": "chain", "n": 8, "steps": 1000, "stream": True}
+    rows = idle(server)
+    with server.client.stream("POST", "/generate", json=body) as answer:
+        seen = next(json.loads(line[6:])["step"] for line in answer.iter_lines() if '"step"' in line)
+    taken = (idle(server) - rows) / 8
+    assert seen < 500, "it was far from its end"
+    assert taken - seen <= 250, f"{taken} steps of 1000, though the client was gone after {seen}"
+
+
+def idle(server: Server) -> float:
+    """Wait until no row runs. Returns the rows of all steps so far: workers tell it the moment that they are idle."""
+    deadline = time.monotonic() + 20
+    while total(server, "drawwell_running_rows"):
+        assert time.monotonic() < deadline, "rows are still there"
+        time.sleep(0.02)
+    return total(server, "drawwell_step_rows_total")
+
+
+def total(server: Server, name: str) -> float:
+    """Over all workers, of the model "chain"."""
+    text = server.client.get("/metrics").text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and sample.labels["model"] == "chain"
+    )
 
 
 def test_scores(server: Server) -> None:
