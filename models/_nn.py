@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.modulation(condition)[: len(x), :, None, None].chunk(2, dim=1)
+        scale, shift = self.modulation(condition)[: x.shape[0], :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         out: Tensor = self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
         return out
@@ -150,7 +150,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """x (B, in_channels, H, W), t (B,) of order one, labels (B,), -1: none -> (B, out_channels, H, W) float32."""
-        asked, x = len(x), at_least(2, x)
+        asked, x = x.shape[0], at_least(2, x)
         told = self.conditioning(at_least(4, t), at_least(4, labels))
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is coarser than the last noise of an image
             h = self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -177,7 +177,7 @@ def at_least(rows: int, x: Tensor) -> Tensor:
     On CPUs, convolutions of one row and matrix products of fewer than four have kernels of their own that round
     otherwise, and what becomes of a row must not depend on how many others there are.
     """
-    missing = rows - len(x)
+    missing = rows - x.shape[0]  # not len(x), which would make an exported network one for a single batch size
     return x if missing <= 0 else torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
 
 

@@ -475,6 +475,11 @@ class Model(nn.Module, Sampler, Trainable):
     spec: Spec
     training_only: tuple[str, ...] = ()  # buffers that only training needs (chains): no checkpoint holds them
 
+    def networks(self) -> dict[str, nn.Module]:
+        """By attribute, the parts that a step may call as functions of tensors, batched along dim 0: what may be run in
+        another way (`models._modes`) without the family's knowing. Those that no step calls do no harm."""
+        return dict(self.named_children())
+
     @property
     def device(self) -> torch.device:
         tensor: Tensor = next(iter(self.state_dict().values()))

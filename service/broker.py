@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from service.execution import Execution, execution_in
 from service.scheduler import Load
 
 Priority: TypeAlias = Literal["interactive", "batch"]
@@ -102,6 +103,7 @@ class ModelState:
     loads: int = 0  # how often it was loaded by this worker
     unloads: int = 0
     load_seconds: float = 0.0  # all loads together
+    execution: Execution | None = None  # how a ready model draws
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ class WorkerState:
 
 def state_in(data: Mapping[str, Any]) -> WorkerState:
     """What `dataclasses.asdict` made of a state, back again."""
-    models = {name: ModelState(**state) for name, state in data["models"].items()}
+    models = {
+        name: ModelState(**{**state, "execution": execution_in(state["execution"])})
+        for name, state in data["models"].items()
+    }
     load = {name: Load(**told) for name, told in data["load"].items()}
     return WorkerState(**{**data, "models": models, "load": load})
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from service.accepts import Accepts
 from service.broker import ModelState, WorkerState
+from service.execution import Execution
 from service.schemas import Spec
 
 FORMAT = 1
@@ -56,6 +57,7 @@ class Entry:
     version: Version | None
     error: str | None = None
     resident: bool = False  # in some worker's memory; otherwise its next job waits until it is loaded
+    execution: Execution | None = None  # how it draws, on a worker that has this version
 
 
 _Fingerprint: TypeAlias = "tuple[int, int, int]"
@@ -130,7 +132,9 @@ def _ready_entry(model: str, folder: _Folder, ready: Sequence[ModelState]) -> En
     if version is None:
         return Entry(model, "failed", None, folder.error)
     refused = next((state.error for state in ready if state.error), None)
-    return Entry(model, "ready", version, refused or folder.error, any(state.resident for state in ready))
+    execution = next((state.execution for state in ready if state.sha256 == version.sha256), None)
+    resident = any(state.resident for state in ready)
+    return Entry(model, "ready", version, refused or folder.error, resident, execution)
 
 
 def _fingerprints(folder: Path) -> dict[str, _Fingerprint]:

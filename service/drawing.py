@@ -59,6 +59,7 @@ class Drawing:
             channels=self.channels,
             usage=usage,
             model_sha256=self.model_sha256,
+            precision=completed.precision,
         )
 
     def complete(self, told: Sequence[Told]) -> tuple[Completed, list[Pixels]]:

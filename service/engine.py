@@ -7,6 +7,7 @@ of a job.
 Exactness: a row's floats must not depend on how many others step with it, but matrix products and convolutions choose
 their order of summation by size. So a batch is filled up with copies of its last row, to a multiple of
 `_rows.ROW_MULTIPLE`, or, where a measurement at load shows that those sizes too differ, always to one canonical size.
+With `determinism="pixels"` drawing is content with batches whose 8-bit images were the same in that measurement.
 
 Isolation: a step that raises is taken again row by row, and only the jobs of the rows that raise fail; a row whose
 result is not finite fails alone.
@@ -20,11 +21,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from models import _rows
 from models._protocol import Model, Rows
+from service.execution import Determinism, Execution, Precision
 from service.messages import (
     Completed,
     Failed,
@@ -38,12 +42,13 @@ from service.messages import (
     Started,
     Task,
 )
-from service.programs import DrawRow, Program, ScoreRow, programs
+from service.programs import Drawing, DrawRow, Program, ScoreRow, programs
 from service.scheduler import Load, Plan, Row, Scheduler, Ticket
 
 log = logging.getLogger(__name__)
 
 CANONICAL_ROWS = 16  # of every batch on a CPU, where sizes are not alike
+LOOKED_AT = 4  # steps after which images are compared, where pixels decide
 PROGRESS_EVERY = 0.25  # seconds between progress messages of a job, previews apart
 
 # Task -> what it is called, and why a model cannot do it.
@@ -52,6 +57,8 @@ _LANES: dict[type[Task], tuple[str, str]] = {
     ScoreImages: ("score", "has no likelihood"),
     MapImages: ("map", "draws no heat maps"),
 }
+
+PLAIN = Execution()
 
 Emit = Callable[[str, Message, bool], None]  # job, message, final
 
@@ -65,42 +72,78 @@ class Engine:
         device: torch.device | str = "cpu",
         max_rows: int = 64,
         clock: Callable[[], float] = time.monotonic,
+        determinism: Determinism = "exact",
     ) -> None:
         self._emit, self._device, self._clock = emit, torch.device(device), clock
-        self._max_rows = max_rows
+        self._max_rows, self._determinism = max_rows, determinism
         self._scheduler = Scheduler(max_rows)
-        self._models: dict[str, tuple[str, Model]] = {}  # id -> (version, model)
+        self._models: dict[str, _Served] = {}
         self._lanes: dict[str, _Lane] = {}
         self._jobs: dict[str, _Job] = {}
 
     # --------------------------------------------------------------------------------------------------------------
     # models
 
-    def put(self, model_id: str, version: str, model: Model) -> None:
+    def put(
+        self,
+        model_id: str,
+        version: str,
+        model: Model,
+        drawing: Model | None = None,
+        execution: Execution = PLAIN,
+    ) -> None:
         """Serve a model in place of any older version: rows of that one run on to their end. Raises whatever the model
         raises when it draws or scores one image; then the older version stays.
         """
-        self.take_in(model_id, version, self.warm(model_id, model))
+        self.take_in(model_id, version, self.warm(model_id, model, drawing, execution))
 
-    def warm(self, model_id: str, model: Model) -> Warm:
+    def warm(self, model_id: str, model: Model, drawing: Model | None = None, execution: Execution = PLAIN) -> Warm:
         """The first half of `put`: try a model with a step of everything that it can do. May be called from another
         thread than the one that drives the engine, so that rows of other models step meanwhile.
+
+        drawing: what draws in its place (`models._modes`), and how; scores and maps are always the model's own.
         """
         lanes = []
-        for program in programs(model):
+        for program in programs(model, drawing):
             with torch.inference_mode():
                 lane = self._warmed(program)
-                lanes.append((lane, self._time(lane)))
-        return Warm(model, tuple(lanes))
+                lane.seconds_per_step = {rows: self._time(lane, rows) for rows in sorted({1, lane.max_rows})}
+                lanes.append(lane)
+        draws = lanes[0]
+        draws.precision = execution.precision
+        seconds = {str(rows): seconds for rows, seconds in draws.seconds_per_step.items()}
+        told = dataclasses.replace(
+            execution, determinism=self._determinism, filled_to=draws.multiple, seconds_per_step=seconds
+        )
+        return Warm(model, tuple(lanes), told)
 
     def take_in(self, model_id: str, version: str, warm: Warm) -> None:
         """The second half of `put`."""
-        for lane, seconds in warm.lanes:
-            name = f"{model_id}@{version}/{lane.program.name}"
-            self._scheduler.prepare(name, lane.max_rows, lane.multiple, seconds)
-            self._lanes[name] = lane
-        self._models[model_id] = (version, warm.model)
+        self._models[model_id] = _Served(version, warm.model)
+        for lane in warm.lanes:
+            self._add(model_id, lane)
         self._retire()
+
+    def renew(self, model_id: str, warm: Warm) -> None:
+        """Draw from now on as `warm` does, which was made of the model in service; jobs that have come go on as they
+        are."""
+        self._add(model_id, warm.lanes[0])
+        self._retire()
+
+    def serves(self, model_id: str, model: Model) -> bool:
+        """Whether this very model takes jobs."""
+        served = self._models.get(model_id)
+        return served is not None and served.model is model
+
+    def _add(self, model_id: str, lane: _Lane) -> None:
+        served, kind = self._models[model_id], lane.program.name
+        name = f"{model_id}@{served.version}/{kind}"
+        while name in self._lanes:  # rows of it may still run
+            name += "'"
+        for rows, seconds in lane.seconds_per_step.items():
+            self._scheduler.prepare(name, lane.max_rows, max(rows, lane.multiple), seconds)
+        self._lanes[name] = lane
+        served.lanes[kind] = name
 
     def versions(self) -> dict[str, bool]:
         """What is in memory, as "<model>@<version>", and whether any job runs or waits there."""
@@ -117,13 +160,17 @@ class Engine:
         self._retire()
 
     def _warmed(self, program: Program) -> _Lane:
-        """A lane for the program, which fills batches up to sizes for which a row's floats were seen to be the same."""
+        """A lane for the program, which fills batches up to sizes for which a row was seen to come out the same."""
         few, top = _rows.ROW_MULTIPLE, max(_rows.ROW_MULTIPLE, self._max_rows)
         rows = program.warm(top)
-        expected = program.step(_rows.take(rows, range(top)))
+        if self._determinism == "pixels" and isinstance(program, Drawing):
+            expected = _shown(program, rows, top)
+            if all(np.array_equal(_shown(program, rows, size), expected[:size]) for size in (1, 2, 3, few)):
+                return _Lane(program, multiple=1, max_rows=self._max_rows)
+        whole = program.step(_rows.take(rows, range(top)))
         for size in {few, min(2 * few, top), min(4 * few, top)}:
             seen = program.step(_rows.take(rows, range(size)))
-            if not _rows.equal(_rows.take(seen, range(few)), _rows.take(expected, range(few))):
+            if not _rows.equal(_rows.take(seen, range(few)), _rows.take(whole, range(few))):
                 canonical = top if self._device.type == "cuda" else min(top, CANONICAL_ROWS)
                 log.info(
                     "%s %s: floats depend on the batch size; every batch has %d rows", program.name, size, canonical
@@ -131,17 +178,17 @@ class Engine:
                 return _Lane(program, multiple=canonical, max_rows=canonical)
         return _Lane(program, multiple=few, max_rows=self._max_rows)
 
-    def _time(self, lane: _Lane) -> float:
-        """Seconds of a step over the fewest rows."""
-        rows = lane.filled(lane.program.warm(1))
+    def _time(self, lane: _Lane, rows: int) -> float:
+        """Seconds of a step over so many rows."""
+        fresh = lane.filled(lane.program.warm(rows))
         began = self._clock()
-        lane.program.result(lane.program.step(rows))
+        lane.program.result(lane.program.step(fresh))
         return self._clock() - began
 
     def _retire(self) -> None:
-        """Let go of the lanes of models that are gone, once idle."""
-        served = {f"{model_id}@{version}" for model_id, (version, _) in self._models.items()}
-        for name in [n for n in self._lanes if n.rsplit("/", 1)[0] not in served and not self._scheduler.lane_jobs(n)]:
+        """Let go of the lanes that take no more jobs, once idle."""
+        served = {name for model in self._models.values() for name in model.lanes.values()}
+        for name in [n for n in self._lanes if n not in served and not self._scheduler.lane_jobs(n)]:
             del self._lanes[name]
             self._scheduler.forget(name)
 
@@ -164,10 +211,9 @@ class Engine:
         if model_id not in self._models:
             self._emit(job_id, Failed("unknown-model", f"model: {model_id} is not loaded here"), True)
             return
-        version, _ = self._models[model_id]
         kind, what = _LANES[type(task)]
-        lane = f"{model_id}@{version}/{kind}"
-        if lane not in self._lanes:
+        lane = self._models[model_id].lanes.get(kind)
+        if lane is None:
             self._emit(job_id, Failed("unknown-model", f"model: {model_id} {what}"), True)
             return
         submitted = self._clock() - queued_seconds
@@ -206,11 +252,11 @@ class Engine:
 
     def load(self) -> dict[str, Load]:
         """What each model's lanes do, by "<model>/draw", "<model>/score" and "<model>/map"."""
-        found: dict[str, str] = {}
-        for model_id, (version, _) in self._models.items():
-            prefix = f"{model_id}@{version}/"
-            found |= {f"{model_id}/{n.removeprefix(prefix)}": n for n in self._lanes if n.startswith(prefix)}
-        return {name: self._scheduler.load(lane) for name, lane in found.items()}
+        return {
+            f"{model_id}/{kind}": self._scheduler.load(lane)
+            for model_id, served in self._models.items()
+            for kind, lane in served.lanes.items()
+        }
 
     def step(self) -> bool:
         """Take the next step that the scheduler plans. False when there was nothing to do."""
@@ -350,7 +396,7 @@ class Engine:
             job.finished += sum(row.job == job_id for row in finished)
             if job.finished == job.total:
                 queue = (job.began or now) - job.submitted
-                self._end(job_id, Completed(queue, job.compute_seconds, job.network_evaluations))
+                self._end(job_id, Completed(queue, job.compute_seconds, job.network_evaluations, lane.precision))
             else:
                 self._progress(job_id, job, lane, now)
 
@@ -391,10 +437,29 @@ class Engine:
 
 @dataclass(frozen=True)
 class Warm:
-    """A model whose programs were tried and timed."""
+    """A model whose programs were tried and timed, the one that draws first."""
 
     model: Model
-    lanes: tuple[tuple[_Lane, float], ...]  # each with the seconds of a step over the fewest rows
+    lanes: tuple[_Lane, ...]
+    execution: Execution
+
+
+@dataclass
+class _Served:
+    """A model that takes jobs, and by which lanes."""
+
+    version: str
+    model: Model
+    lanes: dict[str, str] = field(default_factory=dict)  # what is done with it -> the lane's name
+
+
+def _shown(program: Drawing, rows: Rows, size: int) -> Any:
+    """The 8-bit images of the first `size` of the rows after a few steps."""
+    first = _rows.take(rows, range(size))
+    for _ in range(LOOKED_AT):
+        if int(first.left.min()) > 0:
+            first = program.step(first)
+    return np.stack([np.zeros(0, np.uint8) if image is None else image for image in program.result(first)])
 
 
 @dataclass
@@ -404,6 +469,8 @@ class _Lane:
     max_rows: int
     ids: list[Row] = field(default_factory=list)  # whose rows `rows` begins with; copies of the last fill it up
     rows: Rows | None = None
+    precision: Precision = "float32"
+    seconds_per_step: dict[int, float] = field(default_factory=dict)  # by rows, before it served
     left: list[int] = field(default_factory=list)  # of `ids`: lower bounds of the steps left, kept on the host
 
     def filled(self, rows: Rows) -> Rows:

@@ -13,6 +13,8 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from service.execution import Precision
+
 Pixels: TypeAlias = NDArray[np.uint8]
 
 
@@ -99,6 +101,7 @@ class Completed:
     queue_seconds: float
     compute_seconds: float  # of the steps that this job's rows took part in
     network_evaluations: int
+    precision: Precision = "float32"  # that images were drawn in
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models._modes import example_draws
 from models._protocol import UNLABELLED, Density, Draw, Localiser, MapRows, Model, Rows
 from service.messages import Generate, ImageDone, MapImages, Mapped, Pixels, Scored, ScoreImages
 
@@ -102,12 +103,7 @@ class Drawing(Program):
         ]
 
     def warm(self, rows: int) -> Rows:
-        spec = self._model.spec
-        solver = spec.solvers[0] if spec.solvers else None
-        guidance = 1.0 if spec.guidance_scale is None else spec.guidance_scale.default
-        label = 0 if spec.image.labels else UNLABELLED
-        prompt = "a" if spec.image.captions else None
-        return self._model.init([Draw(0, k, spec.steps.default, solver, label, prompt, guidance) for k in range(rows)])
+        return self._model.init(example_draws(self._model.spec, rows))
 
     def init(self, tasks: Sequence[DrawRow]) -> Rows:
         return self._model.init([task.draw for task in tasks])
@@ -206,9 +202,10 @@ class Localising(Program):
         return Mapped(index, result)
 
 
-def programs(model: Model) -> list[Program]:
-    """All that can be done with a model. Raises `TypeError` for one that is not what its Spec says."""
-    found: list[Program] = [Drawing(model)]
+def programs(model: Model, drawing: Model | None = None) -> list[Program]:
+    """All that can be done with a model, drawing first; another may draw in its place. Raises `TypeError` for one that
+    is not what its Spec says."""
+    found: list[Program] = [Drawing(drawing or model)]
     likelihood = model.spec.likelihood
     if likelihood is not None:
         if not isinstance(model, Density):

@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from models._protocol import Model
 from service.broker import Job, ModelState
-from service.engine import Engine
+from service.engine import Engine, Warm
+from service.execution import Execution
 from service.loader import Found, Gone, Loaded, News, Scanned
 from service.memory import Memory
 
@@ -136,6 +138,15 @@ class Residency:
             self._load(name)
         return changed
 
+    def renew(self, name: str, model: Model, warm: Warm | None, execution: Execution) -> bool:
+        """Draw in another way from now on, or (without `warm`) say why not. False where that model serves no longer."""
+        if name not in self._serving or not self._engine.serves(name, model):
+            return False
+        if warm is not None:
+            self._engine.renew(name, warm)
+        self.states[name] = dataclasses.replace(self.states[name], execution=execution)
+        return True
+
     # ------------------------------------------------------------------------------------------------------ the inside
 
     def _found(self, found: Found) -> None:
@@ -179,6 +190,7 @@ class Residency:
         self.states[new.name] = ModelState(
             *("ready", new.version, None, True, new.weight),
             *(before.loads + 1, before.unloads, before.load_seconds + new.seconds),
+            execution=new.warm.execution,
         )
         now = self._clock()
         waiting = self._waiting.pop(new.name, {}).values()

@@ -188,6 +188,7 @@ class Generation(Answer):
     channels: int
     usage: Usage
     model_sha256: str = Field(description="of the weights")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="that the images were drawn in")
 
 
 class GenerateResponse(Generation):
@@ -372,6 +373,17 @@ class Spec(Answer):
         return self.labels.index(label) if isinstance(label, str) else label
 
 
+class Execution(Answer):
+    """How a model draws on a worker. Scores are float32, eager and exact whatever stands here."""
+
+    mode: Literal["eager", "channels-last", "compile", "onnx", "cuda-graphs"]
+    precision: Literal["float32", "bfloat16"]
+    determinism: Literal["exact", "pixels"]
+    filled_to: int = Field(description="rows: a batch is filled up to a multiple of it")
+    seconds_per_step: dict[str, float] = Field(description="by rows; measured when the model was loaded")
+    not_chosen: dict[str, str] = Field(description="other modes that were asked for, and why they are not used")
+
+
 class ModelEntry(Answer):
     """A Spec, and how the model stands. One whose files never worked has no Spec to show: those fields are absent."""
 
@@ -395,6 +407,7 @@ class ModelEntry(Answer):
     accepts: dict[str, dict[str, Any]] | None = None
     metrics: dict[str, Any] = {}
     sha256: str | None = Field(None, description="of the weights: the `model_sha256` of answers")
+    execution: Execution | None = Field(None, description="null until a worker has loaded it")
 
 
 class ModelList(Answer):

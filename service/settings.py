@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.execution import modes_in, precisions_in
 
 
 class Settings(BaseSettings):
@@ -30,6 +32,22 @@ class Settings(BaseSettings):
         ge=1,
         description="bytes that the models of one worker may take in memory; those that were not used for the longest "
         "time make room, and are loaded again when they are asked for. Not set: every model stays",
+    )
+    determinism: Literal["exact", "pixels"] = Field(
+        "exact",
+        description="what stays the same in any crowd: every float, or 8-bit images as seen when a model is loaded, "
+        "for batches that need no filling up",
+    )
+    modes: str = Field(
+        "eager",
+        description="ways to run networks that are tried when a model is loaded: eager, channels-last, onnx, "
+        "cuda-graphs, compile (in the background); the fastest with equal 8-bit images is taken",
+    )
+    precision: str = Field(
+        "", description='models that are drawn from in another precision than float32: "model=bfloat16,model=bfloat16"'
+    )
+    compile_cache: Path | None = Field(
+        None, description="folder that keeps compiled code for the next start; not given: the user's cache folder"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much the processes tell")
 
@@ -82,3 +100,15 @@ class Settings(BaseSettings):
     keep_alive_seconds: float = Field(
         10.0, gt=0, description="how long a stream may be silent before a comment keeps it open"
     )
+
+    @field_validator("modes")
+    @classmethod
+    def _are_modes(cls, text: str) -> str:
+        modes_in(text)
+        return text
+
+    @field_validator("precision")
+    @classmethod
+    def _are_precisions(cls, text: str) -> str:
+        precisions_in(text)
+        return text

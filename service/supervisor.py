@@ -98,6 +98,9 @@ class Supervisor:
         reach, settings = self._reach(name), self._settings
         command = ["-m", "service.worker", *reach.arguments, "--name", name, "--device", device]
         command += ["--models", str(settings.models), "--max-rows", str(settings.max_rows)]
+        command += ["--determinism", settings.determinism, "--modes", settings.modes, "--precision", settings.precision]
+        if settings.compile_cache is not None:
+            command += ["--compile-cache", str(settings.compile_cache)]
         command += ["--drain-seconds", str(settings.drain_seconds), "--log-level", settings.log_level]
         if settings.model_memory is not None:
             command += ["--model-memory", str(settings.model_memory)]

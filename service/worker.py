@@ -27,8 +27,10 @@ import torch
 from service.broker import SUSPECT, Claims, Event, Job, WorkerState
 from service.broker_local import LocalClaims
 from service.engine import Engine
+from service.execution import Determinism, Precision, modes_in, precisions_in
 from service.loader import Found, Gone, Loaded, Loader, News, Refused, Scanned
 from service.messages import Failed, Generate, MapImages, Message, ScoreImages, pack, unpack
+from service.modes import Modes, Renewed, use_cache
 from service.residency import Residency
 from service.settings import Settings
 
@@ -60,7 +62,7 @@ class _Stop:
     """The broker is gone."""
 
 
-_Command: TypeAlias = _NewJob | _Cancel | News | _Drain | _Stop
+_Command: TypeAlias = _NewJob | _Cancel | News | Renewed | _Drain | _Stop
 
 
 class Worker:
@@ -74,6 +76,9 @@ class Worker:
         max_rows: int = 64,
         drain_seconds: float = 20.0,
         memory: int | None = None,
+        determinism: Determinism = "exact",
+        modes: Sequence[str] = (),
+        precision: Mapping[str, Precision] | None = None,
     ) -> None:
         self._name, self._device, self._max_rows = name, device, max_rows
         self._drain_seconds = drain_seconds
@@ -85,8 +90,9 @@ class Worker:
         self._announced = 0.0  # when, on the clock
         self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
         self._talk: _Talk | None = None
-        self._engine = Engine(self._emit, device, max_rows)
-        self._loader = Loader(folder, device, self._engine.warm, self._inbox.put)
+        self._engine = Engine(self._emit, device, max_rows, determinism=determinism)
+        self._modes = Modes(self._engine.warm, folder, modes, precision, max_rows, self._inbox.put)
+        self._loader = Loader(folder, device, self._modes.warm, self._inbox.put)
         self._residency = Residency(self._engine, self._loader.load, memory)
 
     def run(self, connect: Callable[[], Awaitable[Claims]]) -> None:
@@ -146,6 +152,9 @@ class Worker:
             self._engine.cancel(command.job_id)
         elif isinstance(command, Found | Gone | Loaded | Refused | Scanned):
             self._hear(command)
+        elif isinstance(command, Renewed):
+            if self._residency.renew(command.name, command.model, command.warm, command.execution):
+                self._announce()
         elif isinstance(command, _Drain) and self._ends_at is None:
             log.info("draining: %d jobs are here", len(self._held))
             self._ends_at = time.monotonic() + self._drain_seconds
@@ -375,6 +384,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--max-rows", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch")
+    parser.add_argument("--determinism", choices=("exact", "pixels"), default="exact")
+    parser.add_argument("--modes", type=modes_in, default=("eager",))
+    parser.add_argument("--precision", type=precisions_in, default={})
+    parser.add_argument("--compile-cache", type=Path)
     parser.add_argument("--drain-seconds", type=float, default=20.0)
     parser.add_argument("--model-memory", type=int, help="bytes that models may take in memory; without it, any number")
     parser.add_argument("--log-level", default="INFO")
@@ -382,7 +395,11 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=args.log_level, format=f"%(asctime)s {args.name} %(levelname)s %(message)s")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    worker = Worker(args.name, args.device, args.models, args.max_rows, args.drain_seconds, args.model_memory)
+    use_cache(args.compile_cache)
+    worker = Worker(
+        *(args.name, args.device, args.models, args.max_rows, args.drain_seconds, args.model_memory),
+        *(args.determinism, args.modes, args.precision),
+    )
     signal.signal(signal.SIGTERM, lambda *_: worker.drain())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the API ends its workers itself
     worker.run((lambda: LocalClaims.connect(args.fd)) if args.fd is not None else (lambda: _over_redis(args.name)))

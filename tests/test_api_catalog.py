@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -14,8 +15,9 @@ from api_fakes import DIFFUSION, GAN, SPECS, Api, ready_worker, write_model
 
 from models import _checkpoint, gan
 from models._protocol import ImageSpace
-from service.broker import ModelState, WorkerState
+from service.broker import ModelState, WorkerState, state_in
 from service.catalog import Catalog
+from service.execution import Execution
 
 pytestmark = pytest.mark.anyio
 
@@ -43,6 +45,25 @@ def test_a_model_is_resident_where_some_worker_has_it_in_memory(api: Api) -> Non
         assert (entry.status, entry.resident) == ("ready" if states else "loading", resident)
 
 
+async def test_how_a_model_draws_is_told_of_the_version_in_service(api: Api) -> None:
+    version = api.catalog.entry("gan", []).version
+    assert version is not None
+    fast = Execution("compile", "bfloat16", "pixels", 16, {"1": 0.1}, {"onnx": "slower"})
+    states = [ModelState("ready", "another"), ModelState("ready", version.sha256, execution=fast)]
+    api.broker.states = [ready_worker(gan=state) for state in states]
+    shown = (await api.get("/models/gan")).json()["execution"]
+    assert shown == {
+        "mode": "compile",
+        "precision": "bfloat16",
+        "determinism": "pixels",
+        "filled_to": 16,
+        "seconds_per_step": {"1": 0.1},
+        "not_chosen": {"onnx": "slower"},
+    }
+    (worker,) = [state_in(dataclasses.asdict(w)) for w in api.broker.states[1:]]
+    assert worker == api.broker.states[1], "as it comes from a worker"
+
+
 # -------------------------------------------------------------------------------------------------------------- routes
 
 
@@ -54,6 +75,7 @@ async def test_an_entry_is_the_spec_and_how_the_model_stands(api: Api) -> None:
         "id": "diffusion",
         "status": "ready",
         "resident": True,
+        "execution": None,
         "metrics": {"bits_per_dim": 2.5},
         "sha256": version.weights_sha256,
     }

@@ -235,6 +235,31 @@ def test_a_checkpoint_with_one_flipped_byte_fails_alone(server: Server, zoo: Pat
     assert server.client.post("/generate", json={"model": "gan"}).status_code == 200
 
 
+@pytest.mark.slow
+def test_an_operator_chooses_modes_and_precisions_and_clients_are_told(
+    zoo: Path, server: Server, tmp_path: Path
+) -> None:
+    environment = {
+        "DRAWWELL_MODES": "eager,channels-last,onnx",
+        "DRAWWELL_PRECISION": "chain=bfloat16",
+        "DRAWWELL_DETERMINISM": "pixels",
+    }
+    other = Server(zoo, tmp_path / "log", devices="cpu", environment=environment)
+    other.wait_for("/readyz")
+    told = other.client.get("/models/chain").json()["execution"]
+    assert (told["precision"], told["determinism"]) == ("bfloat16", "pixels")
+    assert "float32 alone" in told["not_chosen"]["onnx"]
+    body = {"model": "chain", "n": 2, "seed": 3, "steps": 5}
+    low, plain = (s.client.post("/generate", json=body).json() for s in (other, server))
+    assert (low["precision"], plain["precision"]) == ("bfloat16", "float32")
+    encoded = [image["b64_json"] for image in plain["images"]]
+    scores = [s.client.post("/score", json={"model": "chain", "images": encoded}).json() for s in (other, server)]
+    assert scores[0]["results"] == scores[1]["results"]
+    assert other.client.get("/models/gan").json()["execution"]["precision"] == "float32"
+    assert server.client.get("/models/gan").json()["execution"]["mode"] == "eager"
+    other.close()
+
+
 def test_healthz_answers_within_a_second_and_nothing_is_left_behind(zoo: Path, tmp_path: Path) -> None:
     server = Server(zoo, tmp_path / "log", devices="cpu")
     assert server.wait_for("/healthz") < (1.0 if os.environ.get("DRAWWELL_STRICT_TIMES") else 5.0)

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
             from training import calibrate
 
             calibrate.run(args.checkpoints, args.data, args.data_dir, console, args.out)
+        elif args.command == "export":
+            _export(args.checkpoint, console)
         elif args.command == "compare":
             from training.compare import compare
 
@@ -93,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         help="normal images, such as folder:PATH or npz:FILE (default: the model's own data, what it kept apart)",
     )
     calibrate.add_argument("--data-dir", type=Path, help="as for run")
+    export = commands.add_parser("export", help="write a checkpoint's networks for ONNX Runtime, beside its weights")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     compare = commands.add_parser("compare", help="write what was measured into the tables and the chart of the docs")
     compare.add_argument(
         "folders", type=Path, nargs="+", metavar="FOLDER", help="a checkpoint, or a folder of checkpoints, such as zoo"
@@ -205,6 +209,22 @@ def _detect(args: argparse.Namespace, console: Console) -> None:
             _checkpoint.write_file(picture, curves)
             written.append(picture)
         console.print(f"{scorer.name}: wrote {', '.join(map(str, written))}", markup=False, highlight=False)
+
+
+def _export(checkpoint: Path, console: Console) -> None:
+    from models import _checkpoint, _onnx
+    from models._modes import NotApplicable
+
+    try:
+        files = _onnx.export(_checkpoint.load(checkpoint))
+    except ModuleNotFoundError as e:
+        raise RunError(f"export: needs the package {e.name}: pip install -e '.[onnx]'") from e
+    except NotApplicable as e:
+        raise RunError(f"export: {checkpoint.name} cannot be exported: {e}") from e
+    _checkpoint.update(checkpoint, {}, files)
+    for name, content in files.items():
+        told = f"wrote {checkpoint / name} ({len(content) / 2**20:.1f} MiB)"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _about(name: str, run: Run, dataset: data.Dataset, state: State, devices: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -37,4 +38,5 @@ def _to_json(entry: Entry) -> dict[str, Any]:
         **(version.spec.model_dump(mode="json") if version else {}),
         "metrics": version.metrics if version else {},
         "sha256": version.weights_sha256 if version else None,
+        "execution": dataclasses.asdict(entry.execution) if entry.execution else None,
     }
