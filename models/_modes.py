@@ -142,7 +142,7 @@ def graphed(call: Call, sizes: Sequence[int], example: Arguments) -> Call:
 class _Graph:
     def __init__(self, call: Call, example: Arguments) -> None:
         self._inputs = mapped(torch.clone, example)
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # libraries choose their kernels in the first calls, outside the recording
             for _ in range(3):
@@ -174,12 +174,11 @@ class Canonical:
     def __call__(self, *args: Any) -> Any:
         rows, top = len(flat(args)[0]), self._sizes[-1]
         if rows > top:
-            starts = range(0, rows, top)
-            return _joined([self(*mapped(lambda x, at=at: x[at : at + top], args)) for at in starts])
+            return _joined([self(*_cut(args, slice(at, at + top))) for at in range(0, rows, top)])
         size = next(size for size in self._sizes if size >= rows)
         if size == rows:
             return self._call(*args)
-        return mapped(lambda out: out[:rows], self._call(*sized(args, size)))
+        return _cut(self._call(*sized(args, size)), slice(rows))
 
 
 def sized(args: Arguments, size: int) -> Arguments:
@@ -199,7 +198,11 @@ def flat(tree: Any) -> list[Any]:
     return [leaf for part in tree for leaf in flat(part)] if isinstance(tree, tuple | list) else [tree]
 
 
-def mapped(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def _cut(tree: Any, rows: slice) -> Any:
+    return mapped(lambda x: x[rows], tree)
+
+
+def mapped(f: Callable[[Tensor], Any], tree: Any) -> Any:
     """The function of each tensor of a tree of tuples and lists."""
     return type(tree)(mapped(f, part) for part in tree) if isinstance(tree, tuple | list) else f(tree)
 

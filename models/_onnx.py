@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from models import _checkpoint
 from models._modes import Arguments, Call, NotApplicable, called, flat, mapped, sized
@@ -92,7 +93,7 @@ class _Session:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()  # what computes the inputs is not ONNX Runtime's
         self._runtime.run_with_iobinding(binding)
-        found = [torch.from_dlpack(out._ortvalue.to_dlpack()).clone() for out in binding.get_outputs()]
+        found = [from_dlpack(out._ortvalue.to_dlpack()).clone() for out in binding.get_outputs()]
         return found[0] if len(found) == 1 else tuple(found)
 
     def _where(self) -> tuple[str, int]:

@@ -21,10 +21,12 @@ from typing import Any
 import uvicorn
 from pydantic import ValidationError
 
+from service import tracing
 from service.app import create_app
 from service.broker import Broker
 from service.broker_local import LocalBroker
 from service.catalog import Catalog
+from service.middleware import WithoutPolls
 from service.settings import Settings
 from service.supervisor import Supervisor, device_list, over_redis, over_socket
 
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         devices = device_list(settings.devices)
         if not settings.models.is_dir():
             raise ValueError(f"models: {settings.models} is not a folder")
+        tracing.start(settings.traces if command != "worker" else "off", "drawwell-api")
         if command != "serve" and settings.redis_url is None:
             raise ValueError(
                 "redis_url: not set; DRAWWELL_REDIS_URL says where the Redis is that api and workers share"
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{parser.prog}: {e}", file=sys.stderr)
         return 2
     logging.basicConfig(level=settings.log_level, format=f"%(asctime)s {command} %(levelname)s %(message)s")
+    logging.getLogger("uvicorn.access").addFilter(WithoutPolls())
     # uvicorn ends by itself on these, then raises the signal again: that one must not cut the workers' shutdown short.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)

@@ -45,6 +45,7 @@ class Job:
     tenant: str = ""  # who asks
     key: str | None = None  # idempotency: a job of the same key and digest stands for this one
     digest: str = ""  # of what was asked
+    trace: str = ""  # the request's span, as a W3C traceparent; "": nobody traces it
     about: bytes = b""  # what the API wants to read again in `status`, whichever replica is asked
     attempt: int = 1  # how many workers it has been given to
     deaths: int = 0  # workers that stopped after they had told something of it

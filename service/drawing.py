@@ -12,7 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from service import images, sse
+from service import images, sse, tracing
 from service.jobs import Queued, Told
 from service.messages import Completed, ImageDone, Pixels, Progress
 from service.schemas import Format, GenerateResponse, Generation, Image, Usage
@@ -110,4 +110,5 @@ async def _encode(drawn: Iterable[Pixels], format: Format) -> list[str]:
     def work() -> list[str]:
         return [images.to_base64(images.encode(pixels, format)) for pixels in pictures]
 
-    return await images.off_loop(sum(pixels.size for pixels in pictures), work)
+    with tracing.span("encode", images=len(pictures), format=format):
+        return await images.off_loop(sum(pixels.size for pixels in pictures), work)

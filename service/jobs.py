@@ -19,6 +19,7 @@ from service.metrics import JobWatch
 
 T = TypeVar("T")
 
+_ROUNDING = 0.05  # seconds between the deadline of a request and that of its job
 _POSITION_SECONDS = 1.0  # how often a queued job's place is looked up
 
 
@@ -65,7 +66,7 @@ async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tu
     Raises what `Broker.submit` does before it tells anything, and a `Problem` for a job that failed. Whoever stops
     listening before the end (closes this, or is cancelled) cancels the job.
     """
-    ended = False
+    ended, began = False, asyncio.get_running_loop().time()
     try:
         await broker.submit(job)
         async with aclosing(attend(broker, job, watch=watch)) as told:
@@ -77,7 +78,9 @@ async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tu
         raise
     finally:
         if not ended:
-            watch.ended("cancelled")
+            took = asyncio.get_running_loop().time() - began
+            late = job.timeout is not None and took >= job.timeout - _ROUNDING
+            watch.cancelled("expired" if late else "hung-up")
             await broker.cancel(job.id)
 
 
@@ -98,8 +101,12 @@ async def attend(
                     continue
                 waiting = False
                 message = unpack(event.payload)
+                if watch is not None and isinstance(message, Started):
+                    watch.began()
                 if watch is not None and event.final:
                     completed = message if isinstance(message, Completed) else None
+                    if isinstance(message, Failed) and message.kind == "expired":
+                        watch.cancelled("expired")
                     watch.ended("done" if completed else "failed", completed)
                 if isinstance(message, Failed):
                     raise errors.failure(message)

@@ -5,7 +5,9 @@ Names follow Prometheus' conventions: `_total` counts, `_seconds` are times, `_r
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -33,6 +35,10 @@ class Metrics:
         self._request_seconds = histogram("http_request_seconds", "From a request to the end of its answer", "route")
         self._jobs = counter("jobs", "Jobs that ended, by how", "model", "kind", "outcome")
         self._refused = counter("refused", "Requests refused for want of room, time or workers", "reason")
+        self._cancelled = counter("cancelled", "Jobs ended before they were done, by why", "reason")
+        self._first_step = histogram(
+            "time_to_first_step_seconds", "From a request's arrival to the news of its first step", "model", "kind"
+        )
         self._queue_seconds = histogram("queue_seconds", "From a job's submission to its first step", "model", "kind")
         self._compute_seconds = histogram("compute_seconds", "Of the steps that a job took part in", "model", "kind")
 
@@ -42,6 +48,12 @@ class Metrics:
 
     def refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()
+
+    def cancelled(self, reason: Literal["hung-up", "expired", "deleted"]) -> None:
+        self._cancelled.labels(reason).inc()
+
+    def began(self, model: str, kind: str, seconds: float) -> None:
+        self._first_step.labels(model, kind).observe(seconds)
 
     def job(self, model: str, kind: str) -> JobWatch:
         return JobWatch(self, model, kind)
@@ -61,16 +73,27 @@ class Metrics:
 
 
 class JobWatch:
-    """Counts one job's end, once."""
+    """Counts one job's first step and its end, each once."""
 
     def __init__(self, metrics: Metrics, model: str, kind: str) -> None:
         self._metrics, self._model, self._kind = metrics, model, kind
-        self._open = True
+        self._open, self._waits = True, True
+        self._since = time.perf_counter()
+
+    def began(self) -> None:
+        if self._waits:
+            self._waits = False
+            self._metrics.began(self._model, self._kind, time.perf_counter() - self._since)
 
     def ended(self, outcome: str, completed: Completed | None = None) -> None:
         if self._open:
             self._open = False
             self._metrics.ended(self._model, self._kind, outcome, completed)
+
+    def cancelled(self, reason: Literal["hung-up", "expired"]) -> None:
+        if self._open:
+            self._metrics.cancelled(reason)
+        self.ended("cancelled")
 
 
 class _Drifts:

@@ -7,17 +7,30 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import tracing
 from service.errors import TooLarge, problem_of
 from service.metrics import Metrics
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 log = logging.getLogger(__name__)
+
+
+_POLLED = ("/healthz", "/readyz", "/metrics")  # again and again, by machines
+
+
+class WithoutPolls(logging.Filter):
+    """Keeps polls out of uvicorn's access log, unless all is to be told."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        _, _, path, *_ = record.args if isinstance(record.args, tuple) and len(record.args) > 2 else ("", "", "")
+        return str(path).partition("?")[0] not in _POLLED or logging.getLogger().isEnabledFor(logging.DEBUG)
 
 
 class RequestContext:
@@ -44,18 +57,21 @@ class RequestContext:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
-        try:
-            await self.app(scope, receive, send_with_id)
-        except ClientDisconnect:
-            log.info("request %s: the client hung up", request_id)
-        except Exception as error:
-            log.error("request %s: %s %s failed", request_id, scope["method"], scope["path"])
-            if started:
-                raise  # half an answer is out: only closing the connection tells that there is no more
-            await problem_of(error).response()(scope, receive, send_with_id)
-        finally:
-            route = getattr(scope.get("route"), "path", "unknown")
-            self.metrics.request(route, scope["method"], status, time.perf_counter() - began)
+        traced = nullcontext() if scope["path"] in _POLLED else tracing.request(scope["method"], Headers(scope=scope))
+        with traced as span:
+            try:
+                await self.app(scope, receive, send_with_id)
+            except ClientDisconnect:
+                log.info("request %s: the client hung up", request_id)
+            except Exception as error:
+                log.error("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+                if started:
+                    raise  # half an answer is out: only closing the connection tells that there is no more
+                await problem_of(error).response()(scope, receive, send_with_id)
+            finally:
+                route = getattr(scope.get("route"), "path", "unknown")
+                self.metrics.request(route, scope["method"], status, time.perf_counter() - began)
+                tracing.answered(span, scope["method"], route, status)
 
 
 class BodyLimit:

@@ -384,6 +384,23 @@ class Execution(Answer):
     not_chosen: dict[str, str] = Field(description="other modes that were asked for, and why they are not used")
 
 
+class LaneCost(Answer):
+    """Fitted on one worker: a step over n rows takes row_seconds · n + step_seconds."""
+
+    row_seconds: float
+    step_seconds: float
+
+
+class LaneLoad(Answer):
+    """What workers do with a model at present."""
+
+    workers: int
+    running: int = Field(description="rows that step")
+    waiting: int = Field(description="rows that wait in the workers")
+    steps: int = Field(description="so far")
+    costs: list[LaneCost] = Field(description="by worker")
+
+
 class ModelEntry(Answer):
     """A Spec, and how the model stands. One whose files never worked has no Spec to show: those fields are absent."""
 
@@ -408,6 +425,7 @@ class ModelEntry(Answer):
     metrics: dict[str, Any] = {}
     sha256: str | None = Field(None, description="of the weights: the `model_sha256` of answers")
     execution: Execution | None = Field(None, description="null until a worker has loaded it")
+    load: dict[str, LaneLoad] | None = Field(None, description="of one model alone: by draw, score, map")
 
 
 class ModelList(Answer):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from anomaly.calibration import Verdict, describe
 from anomaly.ensembles import joined
 from anomaly.heatmaps import Maps, Surprises
+from service import tracing
 from service.broker import Broker, Job
 from service.calibrations import Known
 from service.catalog import Version
@@ -108,6 +109,7 @@ def _job(
         priority=how.priority,
         timeout=how.timeout,
         tenant=how.tenant,
+        trace=tracing.carried(),
     )
 
 

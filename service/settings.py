@@ -49,6 +49,9 @@ class Settings(BaseSettings):
     compile_cache: Path | None = Field(
         None, description="folder that keeps compiled code for the next start; not given: the user's cache folder"
     )
+    traces: Literal["off", "console", "otlp"] = Field(
+        "off", description="where OpenTelemetry spans of requests and jobs go: off, console, otlp"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="how much the processes tell")
 
     redis_url: SecretStr | None = Field(

@@ -24,6 +24,7 @@ from typing import TypeAlias
 
 import torch
 
+from service import tracing
 from service.broker import SUSPECT, Claims, Event, Job, WorkerState
 from service.broker_local import LocalClaims
 from service.engine import Engine
@@ -90,6 +91,7 @@ class Worker:
         self._announced = 0.0  # when, on the clock
         self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
         self._talk: _Talk | None = None
+        self._spans = tracing.JobSpans()
         self._engine = Engine(self._emit, device, max_rows, determinism=determinism)
         self._modes = Modes(self._engine.warm, folder, modes, precision, max_rows, self._inbox.put)
         self._loader = Loader(folder, device, self._modes.warm, self._inbox.put)
@@ -202,6 +204,7 @@ class Worker:
         for job in jobs:
             self._engine.forget(job.id)
             self._residency.forget(job.id)
+            self._spans.forget(job.id)
             self._outbox.pop(job.id, None)
             if self._held.pop(job.id, None) is not None:
                 self._rows[job.model][job.tenant] -= job.rows
@@ -213,6 +216,8 @@ class Worker:
 
     def _emit(self, job_id: str, message: Message, final: bool) -> None:
         self._outbox.setdefault(job_id, []).append(Event(pack(message), final))
+        if (held := self._held.get(job_id)) is not None:
+            self._spans.told(held, message)
         if final and (job := self._held.pop(job_id, None)) is not None:
             self._rows[job.model][job.tenant] -= job.rows
             self._residency.touch(job.model)
@@ -388,6 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--modes", type=modes_in, default=("eager",))
     parser.add_argument("--precision", type=precisions_in, default={})
     parser.add_argument("--compile-cache", type=Path)
+    parser.add_argument("--traces", choices=("off", "console", "otlp"), default="off")
     parser.add_argument("--drain-seconds", type=float, default=20.0)
     parser.add_argument("--model-memory", type=int, help="bytes that models may take in memory; without it, any number")
     parser.add_argument("--log-level", default="INFO")
@@ -396,6 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     use_cache(args.compile_cache)
+    tracing.start(args.traces, "drawwell-worker")
     worker = Worker(
         *(args.name, args.device, args.models, args.max_rows, args.drain_seconds, args.model_memory),
         *(args.determinism, args.modes, args.precision),

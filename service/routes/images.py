@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from service import errors, images, sse
+from service import errors, images, sse, tracing
 from service.bodies import JSON, preferred, read_json
 from service.broker import Job
 from service.drawing import Drawing
@@ -156,6 +156,7 @@ async def _resolve(
         key=idempotency_key(request),
         digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
         about=drawing.pack(),
+        trace=tracing.carried(),
     )
     if job.key is None:  # else it may be a job that is done already
         surely = 1 if asked.solver in version.spec.adaptive else job.steps

@@ -53,7 +53,9 @@ async def get_events(
 @router.delete("/{job_id}", status_code=204, responses=problems(404, 422, 503))
 async def cancel_job(job_id: str, services: Served, request: Request) -> Response:
     """Stop a job at its next step. One that has ended stays as it ended."""
-    await _known(job_id, services)
+    status, _ = await _known(job_id, services)
+    if status.state != "ended":
+        services.metrics.cancelled("deleted")
     await services.broker.cancel(job_id)
     return Response(status_code=204)
 
