@@ -79,7 +79,7 @@ async def test_an_entry_is_the_spec_and_how_the_model_stands(api: Api) -> None:
         "metrics": {"bits_per_dim": 2.5},
         "sha256": version.weights_sha256,
     }
-    assert (await api.get("/models/diffusion")).json() == expected
+    assert (await api.get("/models/diffusion")).json() == {**expected, "load": {}}
     models = (await api.get("/models")).json()
     assert models.keys() == {"models"}
     assert [entry["id"] for entry in models["models"]] == sorted(SPECS)

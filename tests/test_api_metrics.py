@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
-from api_fakes import Api, ready_worker
+from api_fakes import Api, Call, after, ready_worker, silence, tell
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.broker import ModelState, QueueFull, WorkerState
+from service.messages import Failed, Started
 from service.scheduler import Load
 
 pytestmark = pytest.mark.anyio
@@ -47,6 +49,36 @@ async def test_requests_and_jobs_are_counted(api: Api) -> None:
     assert found["drawwell_jobs_total", key(model="gan", kind="draw", outcome="done")] == 3
     assert found["drawwell_queue_seconds_sum", key(model="gan", kind="draw")] == pytest.approx(0.75)
     assert found["drawwell_compute_seconds_sum", key(model="gan", kind="draw")] == pytest.approx(4.5)
+
+
+async def test_the_first_step_and_what_ended_early_are_counted_by_their_reason(api: Api) -> None:
+    await api.post("/generate", {"model": "gan"})
+    api.broker.answer = silence
+    await api.post("/generate", {"model": "gan", "timeout": 0.2})
+    api.broker.answer = after(*tell(Started(0), Failed("expired", "too late")))
+    await api.post("/generate", {"model": "gan"})
+    api.broker.answer = silence
+    api.broker.changed.clear()
+    call = Call(api.app, "/generate", {"model": "gan"})
+    await api.broker.changed.wait()
+    call.hang_up()
+    await call.task
+    accepted = await api.post("/generate", {"model": "gan"}, headers={"Prefer": "respond-async"})
+    await api.request("DELETE", accepted.headers["location"])
+    found = await samples(api)
+    assert found["drawwell_cancelled_total", key(reason="expired")] == 2
+    assert found["drawwell_cancelled_total", key(reason="hung-up")] == 1
+    assert found["drawwell_cancelled_total", key(reason="deleted")] == 1
+    assert found["drawwell_time_to_first_step_seconds_count", key(model="gan", kind="draw")] == 2
+    assert found["drawwell_jobs_total", key(model="gan", kind="draw", outcome="cancelled")] == 3
+
+
+async def test_a_model_shows_what_its_workers_do(api: Api) -> None:
+    load = {"gan/draw": Load(10, 320, 1.5, 3, 4, 64, 0.001, 0.002), "vae/draw": Load(1)}
+    api.broker.states = [dataclasses.replace(ready_worker(), name=name, load=load) for name in ("w", "v")]
+    lane = (await api.get("/models/gan")).json()["load"]
+    cost = {"row_seconds": 0.001, "step_seconds": 0.002}
+    assert lane == {"draw": {"workers": 2, "running": 6, "waiting": 8, "steps": 20, "costs": [cost, cost]}}
 
 
 async def test_refusals_are_counted_by_their_reason(api: Api) -> None:
