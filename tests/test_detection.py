@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -21,6 +22,7 @@ import models
 import training.__main__ as command
 from anomaly import calibration as calibrations
 from models import _checkpoint
+from models._protocol import Localiser
 from training import anomaly_page, calibrate, data, detect, detection, scored
 from training.detect import CALIBRATED, COMPRESSED, ONE_SIDED, TYPICALITY
 from training.errors import DataError
@@ -127,8 +129,8 @@ def test_rows_that_are_kept_are_not_computed_again(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- a whole evaluation
 
 
-class Two(Walk):
-    """The toy, with a second statistic."""
+class Two(Walk, Localiser):
+    """The toy, with a second statistic, surprised by whatever is bright."""
 
     statistic_names = ("sum", "edge")
 
@@ -137,6 +139,9 @@ class Two(Walk):
         edge = (x[:, :, :, 1:] - x[:, :, :, :-1]).abs().flatten(1).sum(1)
         return dataclasses.replace(found, statistics={**found.statistics, "edge": edge})
 
+    def surprise(self, x: Any, labels: Any) -> Any:
+        return x.mean(1)
+
 
 class Family:
     Model, Config = Two, Config
@@ -144,7 +149,7 @@ class Family:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two calibrated toys of digits and one without a calibration; a page with markers."""
+    """Two calibrated toys of digits, their ensemble, and one without a calibration; a page with markers."""
     folder, digits = tmp_path_factory.mktemp("zoo"), data.load("digits")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "family", lambda name: Family)
@@ -154,6 +159,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder / "bare", folder / "one")
         calibrate.run([folder / "one"], None, None, Console(file=io.StringIO()))
         shutil.copytree(folder / "one", folder / "two")
+        quiet = Console(file=io.StringIO())
+        calibrate.run([folder / "one", folder / "two"], None, None, quiet, folder / "both")
     (folder / "page.md").write_text("# Page\n\n<!-- anomalies: begin -->\n<!-- anomalies: end -->\n")
     return folder
 
@@ -202,18 +209,29 @@ def test_an_evaluation_writes_its_page_and_goes_on_from_what_it_kept(
 
 
 @pytest.mark.slow
-def test_several_checkpoints_are_one_ensemble_and_curves_are_drawn(zoo: Path) -> None:
-    assert evaluated(zoo, "one", "two", images=30, more=("--ensemble", "--pictures")) == 0
-    scorers = json.loads((zoo / "page.json").read_text(encoding="utf-8"))["digits"]["scorers"]
-    assert scorers.keys() == {"one", "two", "one + two"}
-    together = scorers["one + two"]
-    assert ONE_SIDED not in together["rows"]
-    assert {"one/nll_bits", "two/nll_bits", "complexity_bits"} <= set(together["statistics"])
-    assert not {"one/complexity_bits", "two/complexity_bits"} & set(together["statistics"])
-    assert together["versions"].keys() == {"one", "two"}
-    for name in ("one", "two", "one+two"):
-        picture = Image.open(zoo / "page" / f"roc-{name}.png")
+def test_an_ensemble_is_measured_by_its_own_calibration_and_pictures_are_drawn(zoo: Path) -> None:
+    assert evaluated(zoo, "both", images=30, more=("--pictures",)) == 0
+    (both,) = json.loads((zoo / "page.json").read_text(encoding="utf-8"))["digits"]["scorers"].values()
+    packed = (zoo / "both" / "calibration.safetensors").read_bytes()
+    assert both["calibration_sha256"] == hashlib.sha256(packed).hexdigest()
+    assert both["rows"].keys() == {CALIBRATED}, "it has no likelihood of its own"
+    assert {"one.nll_bits", "two.nll_bits", "complexity_bits"} <= set(both["statistics"])
+    assert both["versions"].keys() == {"one", "two"}
+    assert both["pixels"]["sets"].keys() == {"block swapped"}
+    assert 0 <= both["pixels"]["sets"]["block swapped"]["auroc"] <= 1
+    assert both["pixels"]["images"] == 30
+    for name in ("roc", "heatmaps"):
+        picture = Image.open(zoo / "page" / f"{name}-both.png")
         assert len(picture.convert("L").getcolors() or []) > 2
+    assert "### Heat maps" in (zoo / "page.md").read_text(encoding="utf-8")
+
+
+def test_an_ensemble_of_other_weights_is_refused(zoo: Path) -> None:
+    about = json.loads((zoo / "two" / "model.json").read_text(encoding="utf-8"))
+    about["files"]["weights.safetensors"] = "0" * 64
+    (zoo / "two" / "model.json").write_text(json.dumps(about), encoding="utf-8")
+    with pytest.raises(_checkpoint.CheckpointError, match="other weights of two"):
+        detect.members(zoo / "both")
 
 
 def test_what_cannot_be_measured_is_said_before_the_work(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         "--anomalies", action="store_true", help="measure how well calibrated checkpoints tell anomalies, instead"
     )
     evaluate.add_argument("--images", type=_positive, help="images of each set of anomalies (10,000)")
-    evaluate.add_argument("--ensemble", action="store_true", help="also measure all the checkpoints together as one")
     evaluate.add_argument("--pictures", action="store_true", help="also draw ROC curves and heat maps")
     evaluate.add_argument("--work", type=Path, help="where scores are kept to go on from (runs/anomalies)")
     evaluate.add_argument("--page", type=Path, help="the page with the tables (docs/anomalies.md)")
@@ -177,7 +176,7 @@ def _processes(asked: int | None) -> tuple[int, int]:
 def _evaluate(args: argparse.Namespace, console: Console) -> None:
     from training.evaluate import evaluate
 
-    for option in ("images", "ensemble", "pictures", "work", "page"):
+    for option in ("images", "pictures", "work", "page"):
         if getattr(args, option):
             raise RunError(f"{option}: only with --anomalies")
     for checkpoint in args.checkpoints:
@@ -189,26 +188,25 @@ def _detect(args: argparse.Namespace, console: Console) -> None:
     from training import anomaly_page as pages
     from training import detect, detect_pictures
 
-    settings = detect.Settings(ensemble=args.ensemble)
     chosen = {name: value for name in ("images", "work") if (value := getattr(args, name)) is not None}
-    settings = dataclasses.replace(settings, **chosen)
+    settings = detect.Settings(**chosen)
     page: Path = args.page or pages.PAGE
     pages.write(page, pages.read(page))  # a page that cannot be written is told before the work
-    told = {folder.name: folder.name if folder.is_absolute() else folder.as_posix() for folder in args.checkpoints}
+    told = {path.resolve().name: path.name if path.is_absolute() else path.as_posix() for path in args.checkpoints}
     for subject, scorer in detect.evaluate(args.checkpoints, settings, args.data_dir, console):
-        names = " ".join(told[name] for name in scorer.versions) + " --ensemble" * (len(scorer.versions) > 1)
-        command = f"python -m training evaluate {names} --anomalies --images {settings.images}"
+        command = f"python -m training evaluate {told[scorer.name]} --anomalies --images {settings.images}"
         found = {**detect.measured(scorer, subject, settings), "command": command}
         results = pages.read(page)
         pages.add(results, subject.dataset.name, detect.compressed(subject), scorer.name, found)
         written = pages.write(page, results)
-        if args.pictures:
-            picture = page.with_suffix("") / f"roc-{scorer.name.replace(' + ', '+')}.png"
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            curves = detect_pictures.curves(scorer.name, detect.ranked(scorer, subject), detect.NORMAL)
-            _checkpoint.write_file(picture, curves)
-            written.append(picture)
-        console.print(f"{scorer.name}: wrote {', '.join(map(str, written))}", markup=False, highlight=False)
+        for name, picture in (detect_pictures.pictures(scorer, subject) if args.pictures else {}).items():
+            path = page.with_suffix("") / f"{name}-{scorer.name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _checkpoint.write_file(path, picture)
+            written.append(path)
+        console.print(
+            f"{scorer.name}: wrote {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _export(checkpoint: Path, console: Console) -> None:

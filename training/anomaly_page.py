@@ -58,7 +58,7 @@ def add(results: Results, data: str, compressed: Mapping[str, Any], name: str, m
 def _sections(results: Results) -> Iterable[str]:
     for data, entry in sorted(results.items()):
         scorers = dict(sorted(entry["scorers"].items(), key=lambda item: (item[1]["family"] == ENSEMBLE, item[0])))
-        short = {name: " + ".join(part.removeprefix(f"{data}-") for part in name.split(" + ")) for name in scorers}
+        short = {name: name.removeprefix(f"{data}-") for name in scorers}
         sets = list(dict.fromkeys(name for s in scorers.values() for name in s["rows"][CALIBRATED]))
         yield f"## Normal: {data}\n"
         yield from _what(scorers, short)
@@ -165,8 +165,9 @@ def _pixels(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[st
             f"{cell['auroc']:.3f} ({cell['auroc_by_image']:.3f})" if (cell := found["sets"].get(key)) else NOTHING
             for key in sets
         ]
-        rows.append([short[name], *cells, f"{found['images']:,}", f"{found['lit']:.4f}"])
-    return _table(["model", *sets, "images of each", "normal images with any pixel above the mask's threshold"], rows)
+        lit = NOTHING if found["lit"] is None else f"{found['lit']:.4f}"
+        rows.append([short[name], *cells, f"{found['images']:,}", lit])
+    return _table(["model", *sets, "images", "normal images with any pixel in the mask at α = 0.05"], rows)
 
 
 def _table(head: list[str], rows: Table) -> Iterable[str]:

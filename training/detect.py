@@ -14,6 +14,7 @@ that was interrupted goes on, and another checkpoint costs its own scores alone.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,14 +26,17 @@ import torch
 from rich.console import Console
 
 from anomaly import calibration as calibrations
-from anomaly import conformal
+from anomaly import conformal, ensembles
 from anomaly.calibration import Calibration, CalibrationError
+from anomaly.ensembles import Ensemble
 from models import _checkpoint
-from models._protocol import Density, Model
+from models._checkpoint import CheckpointError
+from models._protocol import Localiser, Model
 from training import anomalies, scored
 from training import data as datasets
+from training.calibrate import surprises
 from training.data import Dataset, Images
-from training.detection import Floats, false_alarms, fisher, rounded, separation, typicality
+from training.detection import Floats, false_alarms, fisher, pixels, rounded, separation, typicality
 from training.errors import DataError
 from training.progress import Bars
 
@@ -41,6 +45,7 @@ NORMAL = "test"
 CALIBRATED, ONE_SIDED, TWO_SIDED, COMPRESSED = "calibrated", "NLL, one-sided", "NLL, two-sided", "compressed size"
 TYPICALITY = "NLL, typicality"
 ENSEMBLE = "ensemble"
+LIT = 0.05  # α of the masks that are counted on normal images
 
 Described = list[dict[str, float]]
 
@@ -53,7 +58,7 @@ class Settings:
     groups: tuple[int, ...] = (5, 10)
     alphas: tuple[float, ...] = (0.01, 0.05)
     confidence: float = 0.95
-    ensemble: bool = False  # all checkpoints of a data set together as one more
+    maps: int = 1_000  # of each set whose anomalies have a mask, and of normal images
     work: Path = Path("runs/anomalies")
 
 
@@ -65,6 +70,7 @@ class Scorer:
     family: str
     calibration: Calibration
     described: Mapping[str, Described]  # by set: NORMAL, "fit", and those of anomalies
+    surprise: Mapping[str, Sequence[Floats]]  # by set, of each member that draws maps: (n, H, W)
     versions: Mapping[str, str]  # checkpoint -> sha256 of its weights
 
 
@@ -81,47 +87,62 @@ class Subject:
 def evaluate(
     checkpoints: Sequence[Path], settings: Settings, data_dir: Path | None, console: Console
 ) -> Iterator[tuple[Subject, Scorer]]:
-    """Everything scored, one checkpoint after another, those of one data set together. A checkpoint without a density,
-    or without a calibration, is named and left out.
+    """Everything scored, one checkpoint or ensemble after another, those of one data set together. One without a
+    density, or without a calibration, is named and left out. An ensemble's members lie beside it.
 
     Raises `CheckpointError`, `DataError`, and `CalibrationError` where none is left.
     """
     bars = Bars(console)
     by_data: dict[str, list[Path]] = {}
     for folder in checkpoints:
-        about = _checkpoint.read_about(folder)
-        if reason := _unusable(about):
+        abouts = [_checkpoint.read_about(member) for member in members(folder)]
+        if reason := _unusable(folder, abouts):
             console.print(f"{folder.name}: left out: {reason}", markup=False, highlight=False, soft_wrap=True)
         else:
-            by_data.setdefault(about["data"]["name"], []).append(folder)
+            by_data.setdefault(abouts[0]["data"]["name"], []).append(folder)
     if not by_data:
         raise CalibrationError("checkpoints: none is calibrated; `python -m training calibrate CHECKPOINT` does that")
     for name, folders in by_data.items():
-        dataset = datasets.load(name, data_dir)
-        subject = _subject(dataset, settings, data_dir, bars)
-        together: list[Scorer] = []
+        subject = _subject(datasets.load(name, data_dir), settings, data_dir, bars)
         for folder in folders:
-            scorer = _score(folder, subject, settings, bars)
-            yield subject, scorer
-            if settings.ensemble and len(folders) > 1:
-                together.append(scorer)
-        if together:
-            yield subject, _together(together)
+            yield subject, _scorer(folder, subject, settings, bars)
 
 
-def _unusable(about: Mapping[str, Any]) -> str | None:
-    if about["spec"]["likelihood"] is None:
-        return f"a {about['family']} without a density scores no images"
-    return None if CALIBRATION in about["files"] else "not calibrated"
+def members(folder: Path) -> list[Path]:
+    """The checkpoints of an ensemble's folder, in its order; of a checkpoint's, itself. Raises `CheckpointError` for a
+    member that does not lie beside it with the weights that it was calibrated with."""
+    ensemble = _ensemble(folder)
+    if ensemble is None:
+        return [folder]
+    found = []
+    for member in ensemble.members:
+        path = folder.resolve().parent / member.name
+        if _checkpoint.read_about(path)["files"].get(_checkpoint.WEIGHTS) != member.weights_sha256:
+            raise CheckpointError(f"{folder.name}: calibrated with other weights of {member.name}; calibrate it again")
+        found.append(path)
+    return found
+
+
+def _ensemble(folder: Path) -> Ensemble | None:
+    path = folder / ensembles.ABOUT
+    return ensembles.unpack(path.read_bytes()) if path.exists() else None
+
+
+def _unusable(folder: Path, abouts: Sequence[Mapping[str, Any]]) -> str | None:
+    if any(about["spec"]["likelihood"] is None for about in abouts):
+        return f"a {abouts[0]['family']} without a density scores no images"
+    calibrated = len(abouts) > 1 or CALIBRATION in abouts[0]["files"]
+    return None if calibrated else "not calibrated"
 
 
 def _subject(dataset: Dataset, settings: Settings, data_dir: Path | None, bars: Bars) -> Subject:
     with bars.task(f"anomalies of {dataset.name}"):
         odd = list(anomalies.sets(dataset, settings.images, data_dir))
-    images = {split: dataset.splits[split].x for split in ("fit", "calibration")}
-    if not settings.ensemble:  # only the median of `fit` is needed then
-        images = {"fit": images["fit"][: settings.images]}
-    images |= {NORMAL: dataset.splits["test"].x[: settings.images], **{one.name: one.x for one in odd}}
+    images = {
+        "fit": dataset.splits["fit"].x[: settings.images],
+        NORMAL: dataset.splits["test"].x[: settings.images],
+        **{one.name: one.x for one in odd},
+    }
     folder = settings.work / f"{_slug(dataset.name)}-{dataset.digest[:12]}"
     complexity = {}
     for name, x in images.items():
@@ -130,46 +151,65 @@ def _subject(dataset: Dataset, settings: Settings, data_dir: Path | None, bars: 
     return Subject(dataset, odd, complexity, images)
 
 
-def _score(folder: Path, subject: Subject, settings: Settings, bars: Bars) -> Scorer:
-    about = _checkpoint.read_about(folder)
-    weights = about["files"][_checkpoint.WEIGHTS]
-    if about["data"]["sha256"] != subject.dataset.digest:
+def _scorer(folder: Path, subject: Subject, settings: Settings, bars: Bars) -> Scorer:
+    paths = members(folder)
+    abouts = [_checkpoint.read_about(path) for path in paths]
+    versions = {path.name: about["files"][_checkpoint.WEIGHTS] for path, about in zip(paths, abouts, strict=True)}
+    ensemble = _ensemble(folder)
+    calibration = _calibration(folder, ensemble, versions)
+    if all(about["data"]["sha256"] != subject.dataset.digest for about in abouts):
         raise DataError(f"{subject.dataset.name}: not the data that {folder.name} was trained on (another sha256)")
-    calibration = calibrations.unpack(_checkpoint.read_file(folder, CALIBRATION))
-    if calibration.about.get("weights_sha256") != weights:
-        raise CalibrationError(f"{folder.name}: {CALIBRATION} was made for other weights; calibrate again")
+    parts = [_score(path, subject, calibration.maps is not None, settings, bars) for path in paths]
+    if ensemble is None:
+        (described, _) = parts[0]
+        family = abouts[0]["family"]
+    else:
+        names, family = [member.name for member in ensemble.members], ENSEMBLE
+        described = {
+            key: [ensembles.joined(names, of_image) for of_image in zip(*(d[key] for d, _ in parts), strict=True)]
+            for key in subject.images
+        }
+    maps = [surprise for _, surprise in parts if surprise]
+    surprise = {key: [one[key] for one in maps] for key in maps[0]} if maps else {}
+    return Scorer(folder.resolve().name, family, calibration, described, surprise, versions)
+
+
+def _calibration(folder: Path, ensemble: Ensemble | None, versions: Mapping[str, str]) -> Calibration:
+    if ensemble is None:
+        packed = _checkpoint.read_file(folder, CALIBRATION)
+        found = calibrations.unpack(packed)
+        if found.about.get("weights_sha256") != next(iter(versions.values())):
+            raise CalibrationError(f"{folder.name}: {CALIBRATION} was made for other weights; calibrate again")
+        return found
+    packed = (folder / CALIBRATION).read_bytes()
+    if hashlib.sha256(packed).hexdigest() != ensemble.calibration_sha256:
+        raise CalibrationError(f"{folder.name}: {CALIBRATION}: its sha256 is not the one in {ensembles.ABOUT}")
+    return calibrations.unpack(packed)
+
+
+def _score(
+    folder: Path, subject: Subject, mapped: bool, settings: Settings, bars: Bars
+) -> tuple[dict[str, Described], dict[str, Floats]]:
+    """What one checkpoint says, by set: statistics of all images, and the surprise of pixels in some of them."""
+    weights = _checkpoint.read_about(folder)["files"][_checkpoint.WEIGHTS]
     model = _checkpoint.load(folder, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    assert isinstance(model, Density), "a model whose Spec has a likelihood is a Density"
     work = settings.work / f"{folder.name}-{weights[:12]}"
-    described = {}
+    described, surprise = {}, {}
     for name, x in subject.images.items():
         with bars.task(f"{folder.name}: {name}") as report:
-            rows = scored.kept(_file(work, name), x, lambda block: scored.scores(_model(model), block), report)
+            rows = scored.kept(_file(work, name), x, lambda block: scored.scores(model, block), report)
         described[name] = scored.described(x, rows, subject.complexity[name])
-    return Scorer(folder.name, about["family"], calibration, described, {folder.name: weights})
+    if mapped and isinstance(model, Localiser):
+        for name in (NORMAL, *(odd.name for odd in subject.odd if odd.masks is not None)):
+            x = subject.images[name][: settings.maps]
+            with bars.task(f"{folder.name}: maps: {name}") as report:
+                rows = scored.kept(_file(work, f"map of {name}"), x, lambda block: _surprise(model, block), report)
+            surprise[name] = rows["surprise"]
+    return described, surprise
 
 
-def _model(model: object) -> Model:
-    assert isinstance(model, Model)
-    return model
-
-
-def _together(scorers: Sequence[Scorer]) -> Scorer:
-    """One scorer of all their statistics: a detector fitted and calibrated on the same splits as each of them."""
-    described = {
-        name: [_merged(scorers, images) for images in zip(*(s.described[name] for s in scorers), strict=True)]
-        for name in scorers[0].described
-    }
-    versions = {k: v for s in scorers for k, v in s.versions.items()}
-    about = {"weights_sha256": versions}
-    made = calibrations.calibrate(described["fit"], described["calibration"], about)
-    return Scorer(" + ".join(s.name for s in scorers), ENSEMBLE, made, described, versions)
-
-
-def _merged(scorers: Sequence[Scorer], images: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    found = {f"{s.name}/{k}": v for s, image in zip(scorers, images, strict=True) for k, v in image.items()}
-    shared = "complexity_bits"  # the image's own, whoever scores it
-    return {k: v for k, v in found.items() if not k.endswith(f"/{shared}")} | {shared: images[0][shared]}
+def _surprise(model: Model, x: Images) -> dict[str, Floats]:
+    return {"surprise": surprises(model, x).astype(np.float64)}
 
 
 def _slug(name: str) -> str:
@@ -221,7 +261,28 @@ def measured(scorer: Scorer, subject: Subject, settings: Settings) -> dict[str, 
         "found": {str(alpha): _found(calibration, score, sets, alpha) for alpha in settings.alphas},
         "false_alarms": [dataclasses.asdict(alarm) for alarm in alarms],
         "groups": {str(size): _groups(scorer, ranks, sets, size) for size in settings.groups},
+        **({"pixels": _pixels(scorer, subject)} if scorer.surprise else {}),
     }
+
+
+def heights(scorer: Scorer, name: str) -> Floats:
+    """(n, H, W): how far each pixel of a set's images stands out, as heat maps show it."""
+    assert scorer.calibration.maps is not None, "surprises are asked for where the calibration has maps"
+    return scorer.calibration.maps.heights(scorer.surprise[name])
+
+
+def _pixels(scorer: Scorer, subject: Subject) -> dict[str, Any]:
+    """How well maps tell which pixels are anomalous; and how many normal images have any pixel in their mask."""
+    maps = scorer.calibration.maps
+    assert maps is not None
+    found = {}
+    for odd in subject.odd:
+        if odd.masks is not None:
+            shown = heights(scorer, odd.name)
+            found[odd.name] = rounded(pixels(shown, odd.masks[: len(shown)]))
+    normal, k = heights(scorer, NORMAL), maps.rank(LIT, None)
+    lit = float(maps.mask(normal, k).any(axis=(1, 2)).mean()) if k else None
+    return {"sets": found, "images": len(normal), "alpha": LIT, "lit": None if lit is None else round(lit, 4)}
 
 
 def surprisal(images: Described) -> Floats:
