@@ -302,6 +302,7 @@ def test_what_was_made_later_takes_the_jobs_that_come_from_then_on(model: Model,
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore")  # the compiler's words to itself
 def test_a_network_is_compiled_in_the_background_and_kept_for_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
