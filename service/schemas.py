@@ -90,6 +90,11 @@ class ScoreOptions(JobOptions):
         description="a model's id; a list of them is an ensemble, whose statistics are judged together (in JSON alone)"
     )
     label: Annotated[Label | None, BeforeValidator(_label)] = None
+    marginal: bool = Field(
+        False,
+        description="score each image under every label, and answer with the mean of the probabilities; costs as much "
+        "as all labels together",
+    )
     alpha: float = Field(0.01, gt=0, lt=1, description="false alarms to accept among normal images")
     confidence: float | None = Field(
         None, gt=0, lt=1, description="promise with this confidence that the true rate of false alarms is at most alpha"
@@ -240,6 +245,9 @@ class ModelScore(Answer):
         description="whether half the steps give nearly the same log_prob; of numerical integrals only",
     )
     anomaly: Anomaly | None = Field(description="null for a model, or an ensemble, that is not calibrated")
+    by_label: dict[str, float] | None = Field(
+        None, exclude_if=lambda v: v is None, description="with `marginal`: log_prob given each label, in nats"
+    )
     statistics: dict[str, float] = Field(
         description="of an ensemble: `<model>.<statistic>`, by its calibration's names"
     )

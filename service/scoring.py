@@ -20,6 +20,7 @@ from service.broker import Broker, Job
 from service.calibrations import Known
 from service.catalog import Version
 from service.jobs import Told, follow, outcome
+from service.marginals import marginal
 from service.messages import Completed, MapImages, Mapped, Pixels, Scored, ScoreImages, pack
 from service.metrics import Metrics
 from service.schemas import Likelihood, ScoreOptions
@@ -35,6 +36,7 @@ class Scorer:
     version: Version
     likelihood: Likelihood
     label: int = -1  # as this model counts labels
+    every: int = 0  # labels to score each image under, to take the mean over them; 0: under `label` alone
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Found:
 
     scored: list[Scored]
     surprise: Surprises | None  # (n, H, W), where it was asked for
+    by_label: list[tuple[float, ...]] | None = None  # log p(x | y) of each image, where every label was asked for
 
 
 async def ask(
@@ -68,10 +71,11 @@ async def ask(
     maps_by = [mapped and scorer.likelihood.heatmap_evaluations > 0 for scorer in scorers]
     jobs: list[Job] = []
     for scorer, draws in zip(scorers, maps_by, strict=True):
-        each, labels = scorer.likelihood, (scorer.label,) * n
-        units = each.steps * each.network_evaluations_per_step
-        jobs.append(_job(scorer, pack(ScoreImages(pixels, labels)), n, "score", each.steps, units, how))
+        each, units = scorer.likelihood, scorer.likelihood.steps * scorer.likelihood.network_evaluations_per_step
+        task = _task(scorer, pixels)
+        jobs.append(_job(scorer, pack(task), len(task.labels), "score", each.steps, units, how))
         if draws:
+            labels = (scorer.label,) * n
             jobs.append(_job(scorer, pack(MapImages(pixels, labels)), n, "map", 1, each.heatmap_evaluations, how))
     for job in jobs:
         await admit(job)
@@ -85,13 +89,28 @@ async def ask(
         for future in waiting:
             future.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-    return [
-        Found(
-            _complete(next(told), n, Scored),
-            np.stack([m.surprise for m in _complete(next(told), n, Mapped)]) if draws else None,
-        )
-        for draws in maps_by
-    ]
+    found = []
+    for scorer, draws in zip(scorers, maps_by, strict=True):
+        scored, by_label = _gathered(scorer, _complete(next(told), n * max(1, scorer.every), Scored))
+        surprise = np.stack([m.surprise for m in _complete(next(told), n, Mapped)]) if draws else None
+        found.append(Found(scored, surprise, by_label))
+    return found
+
+
+def _task(scorer: Scorer, pixels: Pixels) -> ScoreImages:
+    """The images, or each of them under every label in turn."""
+    if not scorer.every:
+        return ScoreImages(pixels, (scorer.label,) * len(pixels))
+    return ScoreImages(np.repeat(pixels, scorer.every, axis=0), tuple(range(scorer.every)) * len(pixels))
+
+
+def _gathered(scorer: Scorer, scored: list[Scored]) -> tuple[list[Scored], list[tuple[float, ...]] | None]:
+    """What the task's scores say of each image."""
+    k = scorer.every
+    if not k:
+        return scored, None
+    found = [marginal(scored[i * k : (i + 1) * k], i) for i in range(len(scored) // k)]
+    return [one.scored for one in found], [one.by_label for one in found]
 
 
 def _job(
@@ -140,7 +159,7 @@ def together(names: Sequence[str], by_model: Sequence[Sequence[dict[str, float]]
 
 def judge(options: ScoreOptions, known: Known, statistics: Sequence[dict[str, float]]) -> list[Verdict] | None:
     """None where there is no calibration for such scores."""
-    if known.calibration is None or options.label is not None:
+    if known.calibration is None or options.label is not None or options.marginal:
         return None
     scores = known.calibration.score(statistics)
     if options.fdr is not None:
@@ -171,8 +190,8 @@ def no_maps(options: ScoreOptions, scorers: Sequence[Scorer], known: Known) -> s
     if not able:
         families = ", ".join(sorted({scorer.version.spec.family for scorer in scorers}))
         return f"heatmap: {families} says of whole images only how likely they are"
-    if options.label is not None:
-        return "heatmap: calibrated without labels; what is normal given a label is not known"
+    if options.label is not None or options.marginal:
+        return "heatmap: calibrated without labels; what is normal given one, or over all, is not known"
     if known.calibration is None or known.calibration.maps is None:
         return f"heatmap: {names}: not calibrated with heat maps, so it is not known what is normal; calibrate again"
     if len(known.calibration.maps.centre) != able:

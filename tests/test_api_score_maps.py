@@ -6,20 +6,35 @@ import asyncio
 import base64
 import dataclasses
 import hashlib
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from api_fakes import DENSITY, ENERGY, Api, at_once, b64, file_of, log_prob, picture, pixels_of, surprise, write_model
+from api_fakes import (
+    DENSITY,
+    ENERGY,
+    Api,
+    at_once,
+    b64,
+    file_of,
+    log_prob,
+    picture,
+    pixels_of,
+    surprise,
+    tell,
+    write_model,
+)
 
 from anomaly import heatmaps
 from anomaly.calibration import Calibration, calibrate, describe
 from anomaly.ensembles import Ensemble, Member, joined
 from anomaly.heatmaps import MIDDLE
 from service.broker import Event, Job
-from service.messages import MapImages, ScoreImages, unpack
+from service.marginals import Marginal, marginal
+from service.messages import Completed, MapImages, Scored, ScoreImages, unpack
 
 pytestmark = pytest.mark.anyio
 
@@ -261,3 +276,68 @@ async def test_a_label_that_one_member_does_not_take_is_refused(api: Api) -> Non
     found = await asked(api, ["diffusion", "energy"], [normal(1, 1)], label=1)
     assert found["status"] == 422
     assert "energy takes no label" in found["detail"]
+
+
+# ------------------------------------------------------------------------------------------------------------ marginals
+
+
+def by_label(job: Job) -> list[Event]:
+    """Scores that depend on the label: image k is likely under label k, and hardly under the others."""
+    task = unpack(job.payload)
+    assert isinstance(task, ScoreImages)
+    scored = []
+    for i, label in enumerate(task.labels):
+        log_prob = -10.0 - 3 * abs(label - i // 3)
+        statistics = {"own": float(label), "coarse_log_prob": log_prob - 9}
+        scored.append(Scored(i, log_prob, stderr=1.0 + label, statistics=statistics, converged=label < 2))
+    return tell(*scored, Completed(0, 0, len(scored)))
+
+
+async def test_a_marginal_is_the_mean_of_the_probabilities_over_all_labels(api: Api) -> None:
+    async def answer(job: Job) -> AsyncIterator[Event]:
+        for event in by_label(job):
+            yield event
+
+    api.broker.answer = answer
+    images = [normal(k, 1) for k in range(3)]
+    found = await asked(api, "diffusion", images, marginal=True)
+    job = api.broker.job
+    assert (job.rows, job.units) == (9, 63)
+    task = unpack(job.payload)
+    assert task.labels == (0, 1, 2) * 3
+    for k, image in enumerate(images):
+        assert (task.images[3 * k : 3 * k + 3] == image).all()
+    logs = -10.0 - 3 * np.abs(np.arange(3)[:, None] - np.arange(3))
+    posterior = np.exp(logs) / np.exp(logs).sum(axis=1, keepdims=True)
+    for k, result in enumerate(found["results"]):
+        assert result["log_prob"] == pytest.approx(np.log(np.exp(logs[k]).mean()))
+        assert list(result["by_label"].values()) == pytest.approx(logs[k].tolist())
+        assert list(result["by_label"]) == ["T-shirt/top", "Trouser", "Pullover"]
+        assert result["statistics"]["own"] == pytest.approx(float(posterior[k] @ np.arange(3)))
+        assert result["stderr"] == pytest.approx(math.sqrt(float(posterior[k] @ (1 + np.arange(3)) ** 2)))
+    assert [result["converged"] for result in found["results"]] == [True, False, False]
+
+
+def test_a_marginal_of_one_label_is_its_score_and_of_none_possible_is_none() -> None:
+    one = Scored(5, -3.0, stderr=0.5, statistics={"a": 2.0}, converged=True)
+    assert marginal([one], 5) == Marginal(one, (-3.0,))
+    nothing = marginal([Scored(0, -math.inf), Scored(1, -math.inf)], 0)
+    assert nothing.scored.log_prob == -math.inf
+    with pytest.raises(ValueError, match="energies"):
+        marginal([Scored(0, None, energy=1.0)], 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "why"),
+    [
+        ("diffusion", {"label": 1}, "give the one or the other"),
+        ("density", {}, "density knows no labels"),
+        (["diffusion", "energy"], {}, "energy knows no labels"),
+    ],
+)
+async def test_what_has_no_marginal_is_refused(api: Api, model: Any, more: dict[str, Any], why: str) -> None:
+    found = await asked(api, model, [normal(1, 3 if model == "density" else 1)], marginal=True, **more)
+    assert found["status"] == 422
+    assert any(error["loc"] == ["body", "marginal"] for error in found["errors"])
+    assert why in found["detail"]
+    assert not api.broker.jobs

@@ -112,7 +112,10 @@ def _check(
         wrong = [] if label is None else scorer.version.accepts.faults({"label": label}, scorer.id)
         faults += wrong
         index = None if wrong else spec.label_index(label)
-        labelled.append(dataclasses.replace(scorer, label=_UNLABELLED if index is None else index))
+        if options.marginal:
+            faults += _no_marginal(options, scorer)
+        every = len(spec.labels) if options.marginal else 0
+        labelled.append(dataclasses.replace(scorer, label=_UNLABELLED if index is None else index, every=every))
         if spec.image != scorers[0].version.spec.image:
             other, one = ((s.version.spec.image, s.id) for s in (scorer, scorers[0]))
             sizes = ", those of ".join(f"{name} are {i.width}×{i.height}×{i.channels}" for i, name in (one, other))
@@ -123,6 +126,19 @@ def _check(
     if faults:
         raise errors.Invalid(*faults)
     return labelled
+
+
+def _no_marginal(options: ScoreOptions, scorer: Scorer) -> list[Fault]:
+    """Why the mean over labels cannot be said."""
+    where = ("body", "marginal")
+    if options.label is not None:
+        return [Fault(where, "is over all labels, and one is given: give the one or the other", True)]
+    if not scorer.version.spec.labels:
+        return [Fault(where, f"{scorer.id} knows no labels", True)]
+    if scorer.likelihood.kind == "unnormalised":
+        why = "has energies, which have no mean of probabilities; without a label its energy is of all of them already"
+        return [Fault(where, f"{scorer.id} {why}", True)]
+    return []
 
 
 async def _together(scorers: Sequence[Scorer], own: Sequence[Known], services: Services) -> Together:
@@ -148,7 +164,7 @@ def _answer(
     drawn = _drawn(options, found, whole) if mapped else None
     warnings: list[str] = []
     if len(scorers) == 1:
-        each = _scores(options, scorers[0], found[0].scored, described[0], own[0], warnings)
+        each = _scores(options, scorers[0], found[0], described[0], own[0], warnings)
         results = [ScoreResult(**dict(s), **_pictures(drawn, k)) for k, s in enumerate(each)]
     else:
         results = _results_of_ensemble(options, scorers, found, described, own, whole, drawn, warnings)
@@ -182,7 +198,7 @@ def _results_of_ensemble(
     statistics = scoring.together(whole.names, [described[k] for k in whole.order])
     verdicts = _anomalies(options, _told(options), whole.known, statistics, warnings)
     members = [
-        _scores(options, scorer, one.scored, of_model, known, warnings)
+        _scores(options, scorer, one, of_model, known, warnings)
         for scorer, one, of_model, known in zip(scorers, found, described, own, strict=True)
     ]
     return [
@@ -191,6 +207,7 @@ def _results_of_ensemble(
             bits_per_dim=None,
             stderr=None,
             anomaly=verdicts[k],
+            by_label=None,
             statistics=statistics[k],
             members={scorer.id: of_model[k] for scorer, of_model in zip(scorers, members, strict=True)},
             **_pictures(drawn, k),
@@ -202,19 +219,25 @@ def _results_of_ensemble(
 def _scores(
     options: ScoreOptions,
     scorer: Scorer,
-    scored: Sequence[Scored],
+    found: Found,
     described: Sequence[dict[str, float]],
     known: Known,
     warnings: list[str],
 ) -> list[ModelScore]:
     """What one model says of each image by itself."""
-    image = scorer.version.spec.image
+    image, labels = scorer.version.spec.image, scorer.version.spec.labels
     dims = image.width * image.height * image.channels
     verdicts = _anomalies(options, scorer.id, known, described, warnings)
-    return [_score(s, dims, d, a) for s, d, a in zip(scored, described, verdicts, strict=True)]
+    by_label: Sequence[dict[str, float] | None] = [None] * len(described)
+    if found.by_label is not None:
+        by_label = [dict(zip(labels, logs, strict=True)) for logs in found.by_label]
+    each = zip(found.scored, described, verdicts, by_label, strict=True)
+    return [_score(s, dims, d, a, logs) for s, d, a, logs in each]
 
 
-def _score(scored: Scored, dims: int, described: dict[str, float], anomaly: Anomaly | None) -> ModelScore:
+def _score(
+    scored: Scored, dims: int, described: dict[str, float], anomaly: Anomaly | None, by_label: dict[str, float] | None
+) -> ModelScore:
     log_prob = None if scoring.impossible(scored) else scored.log_prob
     return ModelScore(
         log_prob=log_prob,
@@ -223,6 +246,7 @@ def _score(scored: Scored, dims: int, described: dict[str, float], anomaly: Anom
         stderr=scored.stderr,
         converged=scored.converged,
         anomaly=anomaly,
+        by_label=by_label,
         statistics={name: value for name, value in described.items() if name != "energy"},
     )
 
@@ -274,6 +298,8 @@ def _warnings(
         yield f"anomaly: the calibration of {who} cannot be used: {known.fault}"
     elif known.calibration is not None and options.label is not None:
         yield "anomaly: calibrated without labels; scores given a label have no p-values"
+    elif known.calibration is not None and options.marginal:
+        yield "anomaly: calibrated without labels; means over labels have no p-values"
     elif known.calibration is None and len(scorers) > 1:
         yield f"anomaly: {who} are not calibrated together, so their scores have no p-values as an ensemble"
     elif known.calibration is None:

@@ -44,6 +44,7 @@ class ScoreSettings(TypedDict, total=False):
     """What a request for scores may set. None: as if it were not set."""
 
     label: str | int | None  # the class that the image is said to be of
+    marginal: bool  # score under every label, and take the mean of the probabilities
     alpha: float  # the part of normal images that may be called anomalies (0.01)
     confidence: float  # promise with it that the true part is at most alpha
     fdr: float  # judge the images together: at most this part of those named is to be normal

@@ -83,6 +83,7 @@ class Likelihood(Schema):
     kind: Literal["exact", "bound", "estimate", "unnormalised"]
     dequantisation: str | None = None
     note: str | None = None
+    heatmap_evaluations: int = 0  # of the network, for a heat map; 0: there are none
 
 
 class Conditioning(Schema):
@@ -270,6 +271,7 @@ class ModelScore(Schema):
     stderr: float | None = None  # nats, of an estimate
     converged: bool | None = None  # of an integral: whether half the steps give nearly the same
     anomaly: Anomaly | None = None  # None: the model is not calibrated
+    by_label: dict[str, float | None] | None = None  # with `marginal`: log_prob given each label
     statistics: dict[str, float | None] = Field(default_factory=dict)
 
 
