@@ -96,8 +96,11 @@ def variants(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def of_variants(args: argparse.Namespace, models: Sequence[str]) -> dict[str, dict[str, str]]:
-    """{name: settings}. Raises `SystemExit` for a setting that is none."""
+def of_variants(args: argparse.Namespace, models: Sequence[str], one: bool = False) -> dict[str, dict[str, str]]:
+    """{name: settings}; of those that nobody asked for, the first alone where `one` is enough. Raises `SystemExit` for
+    a setting that is none."""
+    if not args.variants and one:
+        return {"drawwell": {}}
     if not args.variants:
         fast = {"DRAWWELL_MODES": "eager,channels-last,onnx,compile"}
         low = {"DRAWWELL_PRECISION": ",".join(f"{model}=bfloat16" for model in models)}

@@ -52,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(bench: Bench, args: argparse.Namespace) -> None:
-    settings = of_variants(args, (DDPM, GAN))
+    settings = of_variants(args, (DDPM, GAN), bench.smallest)
     cases = [(mix, name) for mix in args.mixes for name in settings]
     # Saturation with half a window to warm up, three loads, and up to a window in all until the last answers are there;
     # before it, half a window and what it takes to warm up for each of three models.

@@ -57,9 +57,7 @@ def _load(text: str) -> Load:
 
 
 def run(bench: Bench, args: argparse.Namespace) -> None:
-    settings = of_variants(args, [load.model for load in args.loads])
-    if bench.smallest:
-        settings = dict(list(settings.items())[:1])
+    settings = of_variants(args, [load.model for load in args.loads], bench.smallest)
     first, cores = next(iter(settings)), os.cpu_count() or 1
     cases = [(load, name, 1) for load in args.loads for name in settings]
     if cores > 1 and not bench.smallest:

@@ -42,7 +42,7 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     if not names:
         raise SystemExit("peers: none is set up; python -m benchmarks.peers setup")
     with subset(args.models, DDPM, GAN) as folder:
-        settings = of_variants(args, (DDPM, GAN))
+        settings = of_variants(args, (DDPM, GAN), bench.smallest)
         ours = [drawwell(folder, name=name, environment=given) for name, given in settings.items()]
         theirs, capacity = _tuned(bench, names, folder)
         servers = [*ours, *theirs]
