@@ -52,9 +52,10 @@ def main() -> int:
 def _measure(modules: dict[str, Any], args: argparse.Namespace) -> list[tuple[str, str]]:
     """Run each; a benchmark that fails does not keep the others from running. Returns what failed, and why."""
     ends, failed = time.monotonic() + 60 * args.minutes, []
+    least = min(args.minutes, 1.0)  # in seconds, even where those before it have taken all: 0 would be another thing
     left = sum(module.WEIGHT for module in modules.values())
     for name, module in modules.items():
-        seconds = max(0.0, ends - time.monotonic()) * module.WEIGHT / left
+        seconds = max(least, (ends - time.monotonic()) * module.WEIGHT / left)
         left -= module.WEIGHT
         given = argparse.ArgumentParser()
         module.arguments(given)

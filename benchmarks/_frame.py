@@ -307,13 +307,13 @@ def measure(name: str, module: Any, args: argparse.Namespace, seconds: float, co
     return bench.folder / f"{name}.json"
 
 
-def alone(name: str, module: Any) -> None:
-    """`python -m benchmarks.NAME`: one benchmark, with all that it takes."""
+def alone(name: str, module: Any, path: str | None = None) -> None:
+    """`python -m benchmarks.NAME`, or of another path: one benchmark, with all that it takes."""
     from benchmarks import _page
 
-    made = parser(f"python -m benchmarks.{name}", module.__doc__)
+    program = f"python -m {path or f'benchmarks.{name}'}"
+    made = parser(program, module.__doc__)
     module.arguments(made)
     args = made.parse_args()
-    path = measure(name, module, args, 60 * args.minutes, " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]))
-    _page.show(path, module)
+    _page.show(measure(name, module, args, 60 * args.minutes, " ".join([program, *sys.argv[1:]])), module)
     _page.update(args, {name: module})

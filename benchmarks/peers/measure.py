@@ -1,6 +1,6 @@
 """Side by side with other servers: the same networks, the same machine, the same requests, in turns.
 
-    python -m benchmarks peers --minutes 30          (first: python -m benchmarks.peers setup)
+    python -m benchmarks.peers.measure [--minutes 30]        (first: python -m benchmarks.peers setup)
 
 First every peer is tuned: each of its settings is saturated with the mix of `benchmarks.mixed` (80 % of the requests
 10 DDIM steps, 20 % 200), and that of the greatest capacity is kept. Then, round after round, each server in its turn
@@ -24,7 +24,7 @@ from benchmarks._servers import STARTING, Running, Server, drawwell, of_variants
 from benchmarks.mixed import DDPM, GAN, LOADS, closed, record_outcome, steps_mix
 from benchmarks.peers._peers import PEERS
 
-WEIGHT = 8.0
+WEIGHT = 10.0
 TUNING = 0.2  # of the time
 LEAST, ENOUGH, MOST = 1.5, 5.0, 90.0  # seconds of a window: at least; to tell two settings apart; at most
 SHORT, LONG = "10 steps", "200 steps"
@@ -149,4 +149,4 @@ def _title(name: str) -> str:
 if __name__ == "__main__":
     import sys
 
-    alone("peers", sys.modules[__name__])
+    alone("peers", sys.modules[__name__], "benchmarks.peers.measure")
