@@ -22,6 +22,7 @@ MODULES = {
     "broker": "benchmarks.broker",
     "cache": "benchmarks.cache",
     "sampling": "benchmarks.sampling",
+    "device": "benchmarks.device",
     "overhead": "benchmarks.overhead",
     "mixed": "benchmarks.mixed",
     "scoring": "benchmarks.scoring",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import importlib
 import io
 import json
@@ -25,16 +26,20 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 from servers import DDPM, GAN, write
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import _frame, _load, _page, _servers
+from benchmarks import _frame, _load, _page, _servers, _ways
 from benchmarks._frame import Bench, Results, digits, percentile, spread, turned
 from benchmarks._load import Job, Outcome, Phase, arrivals, closed_loop, open_loop
 from benchmarks.peers._sampling import Asked, Painter
+from models._protocol import Draw, ImageSpace
+from service.execution import Execution
 from service.settings import Settings
+from training.measure import sample
 
 PIXELCNN = {"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}
 
@@ -358,6 +363,54 @@ def test_windows_are_laid_out_for_a_few_rounds_or_for_good_ones(
     found = made.window(10, least=2.0, most=60.0, fixed=20.0)
     assert found == pytest.approx(window, rel=1e-3)
     assert rounds * (10 * found + 20.0) <= max(seconds, 10 * 2.0 + 20.0) + 1e-6
+
+
+def test_ways_draw_the_same_images_or_about_the_same(tmp_path: Path) -> None:
+    """Those that take no compiler: float32 to a grey level, bfloat16 nearly. Where a step calls no network is said."""
+    write(tmp_path, "d", "ddpm", DDPM)
+    write(tmp_path, "p", "pixelcnn", PIXELCNN)
+
+    def drawn(way: str) -> Any:
+        model = _ways.prepared(tmp_path / "d", way, 4)
+        return sample(model, [Draw(1, k, 6, "ddim", label=k) for k in range(3)], 3).astype(int)
+
+    expected = drawn("float32")
+    assert np.abs(drawn("float32 channels-last") - expected).max() <= 1
+    low = np.abs(drawn("bfloat16") - expected)
+    assert 0 < low.mean() < 8
+    for way in ("float32 channels-last", "bfloat16"):
+        with pytest.raises(_ways.NotApplicable):
+            _ways.prepared(tmp_path / "p", way, 4)
+
+
+@pytest.mark.parametrize(
+    ("execution", "way"),
+    [
+        (None, "float32"),
+        (Execution(), "float32"),
+        (Execution(mode="compile", precision="bfloat16"), "bfloat16 compile"),
+        (Execution(mode="channels-last"), "float32 channels-last"),
+        (Execution(mode="onnx"), "float32 onnx"),
+    ],
+)
+def test_the_way_that_a_server_tells_is_one_that_can_be_measured(execution: Execution | None, way: str) -> None:
+    told = {} if execution is None else {"execution": dataclasses.asdict(execution)}
+    assert _ways.way_of(told) == way
+    assert way in _ways.WAYS
+
+
+def test_what_a_device_does_is_counted() -> None:
+    """Work grows with the rows; a rate of products is one that exists."""
+    device = MODULES["device"]
+    torch.manual_seed(0)
+    model = device.ddpm.Model(device.ddpm.Config(**DDPM), ImageSpace(8, 8, 1)).eval().requires_grad_(False)
+    four, eight = (device.flops(model, batch) for batch in (4, 8))
+    assert eight == pytest.approx(2 * four, rel=0.02), "but for what all rows share"
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    least = 2 * sum(m.weight.numel() for m in convolutions)  # each weight is met at one place at least
+    assert four > 4 * least > 0
+    assert device.kernels(model) > len(convolutions)
+    assert 1e3 < device.product_rate(torch.device("cpu"), torch.float32, 32, 0.01) < 1e15
 
 
 @pytest.mark.slow
