@@ -109,8 +109,9 @@ def evaluate(
         else _samples_sheet(samples, model.spec),
         "neighbours.png": _neighbours_sheet(samples, data.splits["train"], copies),
     }
-    about |= {"metrics": metrics}
-    _checkpoint.update(checkpoint, {"metrics": metrics}, {**files, "README.md": card(checkpoint.name, about).encode()})
+    measured = {"metrics": metrics, "spec": model.spec.to_json()}  # an older version may have saved another Spec
+    about |= measured
+    _checkpoint.update(checkpoint, measured, {**files, "README.md": card(checkpoint.name, about).encode()})
     for name, entry in metrics.items():
         console.print(f"{name:28} {entry['value']:.4g} {entry['unit']} (n = {entry['n']})", highlight=False)
     return metrics
