@@ -142,7 +142,7 @@ class ChooseCalibration(Request):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"version": 0}]})
 
-    version: int = Field(ge=0, description="as listed; 0: the one that came with the model")
+    version: int = Field(ge=0, description="as listed; 0: the one that came with the model, or none")
 
 
 class Answer(BaseModel):

@@ -179,6 +179,15 @@ async def test_old_ones_are_kept_and_there_is_a_way_back(api: Api) -> None:
     assert (await restarted.get(PATH)).json() == (await api.get(PATH)).json()
 
 
+async def test_a_model_that_came_without_one_can_be_without_one_again(api: Api) -> None:
+    await calibrated(api)
+    back = (await api.request("PUT", PATH, json={"version": 0})).json()
+    assert (back["current"], [v["current"] for v in back["versions"]]) == (None, [False])
+    answer = await scored(api, normal(1))
+    assert answer["calibration"] is None
+    assert "not calibrated" in answer["warnings"][0]
+
+
 async def test_another_replica_sees_it_at_its_next_look(api: Api) -> None:
     now = [0.0]
     other = Calibrations(api.folder, poll_seconds=1.0, clock=lambda: now[0])
@@ -333,7 +342,7 @@ async def test_who_may_write_is_a_setting(
     tmp_path: Path, settings: dict[str, str], headers: dict[str, str], status: int
 ) -> None:
     api = Api(tmp_path, **settings)
-    answer = await api.request("PUT", PATH, json={"version": 0}, headers={"host": "127.0.0.1:8000", **headers})
+    answer = await api.request("PUT", PATH, json={"version": 7}, headers={"host": "127.0.0.1:8000", **headers})
     assert answer.status_code == (422 if status == 200 else status), "there is no calibration yet"
     if status == 403 and "origin" not in headers:
         assert writes.SETTING in answer.json()["detail"]

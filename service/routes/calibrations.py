@@ -103,12 +103,12 @@ async def calibrate(model_id: str, request: Request, services: Served) -> Respon
     },
 )
 async def choose_calibration(model_id: str, request: Request, services: Served) -> Response:
-    """Use another of the model's calibrations; 0 is the one that came with it."""
+    """Use another of the model's calibrations; 0 is the one that came with it, and none where none did."""
     writes.check(request, services.settings)
     version = (await read_json(request, ChooseCalibration)).version
     scorer = await scorer_of(model_id, services, _LOC)
     found = {listed.version: listed.known for listed in await services.calibrations.listed(model_id, scorer.version)}
-    if version not in found:
+    if version != CAME_WITH_THE_MODEL and version not in found:
         there_are = f"there are {', '.join(map(str, found))}" if found else "there are none"
         raise errors.Invalid(Fault(("body", "version"), f"{model_id} has no such calibration; {there_are}", version))
     if version != CAME_WITH_THE_MODEL and (fault := found[version].fault) is not None:
