@@ -223,7 +223,10 @@ def test_an_ensemble_is_measured_by_its_own_calibration_and_pictures_are_drawn(z
     for name in ("roc", "heatmaps"):
         picture = Image.open(zoo / "page" / f"{name}-both.png")
         assert len(picture.convert("L").getcolors() or []) > 2
-    assert "### Heat maps" in (zoo / "page.md").read_text(encoding="utf-8")
+    page = (zoo / "page.md").read_text(encoding="utf-8")
+    assert "### Heat maps" in page
+    assert "](page/roc-both.png)" in page
+    assert "](page/heatmaps-both.png)" in page
 
 
 def test_an_ensemble_of_other_weights_is_refused(zoo: Path) -> None:

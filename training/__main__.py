@@ -196,14 +196,15 @@ def _detect(args: argparse.Namespace, console: Console) -> None:
     for subject, scorer in detect.evaluate(args.checkpoints, settings, args.data_dir, console):
         command = f"python -m training evaluate {told[scorer.name]} --anomalies --images {settings.images}"
         found = {**detect.measured(scorer, subject, settings), "command": command}
-        results = pages.read(page)
-        pages.add(results, subject.dataset.name, detect.compressed(subject), scorer.name, found)
-        written = pages.write(page, results)
-        for name, picture in (detect_pictures.pictures(scorer, subject) if args.pictures else {}).items():
-            path = page.with_suffix("") / f"{name}-{scorer.name}.png"
+        drawn = []
+        for kind, picture in (detect_pictures.pictures(scorer, subject) if args.pictures else {}).items():
+            path = pages.picture_path(page, kind, scorer.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             _checkpoint.write_file(path, picture)
-            written.append(path)
+            drawn.append(path)
+        results = pages.read(page)
+        pages.add(results, subject.dataset.name, detect.compressed(subject), scorer.name, found)
+        written = [*pages.write(page, results), *drawn]
         console.print(
             f"{scorer.name}: wrote {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True
         )

@@ -38,7 +38,7 @@ def read(page: Path) -> Results:
 
 def write(page: Path, results: Results) -> list[Path]:
     """Both files. Raises `RunError` for a page that is missing, or has no markers."""
-    text = between_markers(page, MARKERS, "\n".join(_sections(results)))
+    text = between_markers(page, MARKERS, "\n".join(_sections(results, page)))
     path = page.with_suffix(".json")
     write_file(path, (json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
     write_file(page, text.encode())
@@ -55,7 +55,11 @@ def add(results: Results, data: str, compressed: Mapping[str, Any], name: str, m
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def _sections(results: Results) -> Iterable[str]:
+def picture_path(page: Path, kind: str, scorer: str) -> Path:
+    return page.with_suffix("") / f"{kind}-{scorer}.png"
+
+
+def _sections(results: Results, page: Path) -> Iterable[str]:
     for data, entry in sorted(results.items()):
         scorers = dict(sorted(entry["scorers"].items(), key=lambda item: (item[1]["family"] == ENSEMBLE, item[0])))
         short = {name: name.removeprefix(f"{data}-") for name in scorers}
@@ -78,6 +82,7 @@ def _sections(results: Results) -> Iterable[str]:
         if any("pixels" in s for s in scorers.values()):
             yield "### Heat maps: AUROC of pixels, of all images together (mean over images) (higher is better)\n"
             yield from _pixels(scorers, short)
+        yield from _pictures(scorers, short, page)
 
 
 def _what(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[str]:
@@ -168,6 +173,21 @@ def _pixels(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[st
         lit = NOTHING if found["lit"] is None else f"{found['lit']:.4f}"
         rows.append([short[name], *cells, f"{found['images']:,}", lit])
     return _table(["model", *sets, "images", "normal images with any pixel in the mask at α = 0.05"], rows)
+
+
+def _pictures(scorers: Mapping[str, Any], short: Mapping[str, str], page: Path) -> Iterable[str]:
+    """Those that were drawn."""
+    told = {
+        "roc": "ROC curves",
+        "heatmaps": "heat maps; from the left a normal image and its map, an anomaly, its map, its mask at α = 0.05, "
+        "and the pixels that were changed",
+    }
+    for name in scorers:
+        for kind, what in told.items():
+            path = picture_path(page, kind, name)
+            if path.exists():
+                yield f"![{short[name]}: {what}]({path.relative_to(page.parent).as_posix()})\n"
+                yield f"*{short[name]}: {what}.*\n"
 
 
 def _table(head: list[str], rows: Table) -> Iterable[str]:
