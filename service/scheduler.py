@@ -13,20 +13,30 @@ evenly while both have work. Inside a lane a row joins whenever there is room, a
                                  1996), so that a flood of one tenant's jobs delays only that tenant's
     first come, first served     among the jobs of one tenant; a job whose rows do not all fit begins with those that do
 
+While several tenants have asked a lane of late, its batch is kept so small that a step takes no longer than
+`SHARED_COST` times one of the smallest batch, and no tenant may fill it alone: so one who asks for little finds a place
+at once, and steps that are about as fast as if nobody else were there. Where a step costs the same whatever its rows,
+as on a GPU that is not full, that takes an eighth of the batch from a flood; where it costs by the row, it costs
+little.
+
 What a step costs here grows with the rows that join or leave in it and the logarithm of the number of tenants; not with
 the number of jobs that wait.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from typing import Literal, NamedTuple, TypeAlias
 
 AGEING = 10.0  # seconds after which a batch job is let in as if it were an interactive one that has just come
 UNKNOWN_COST = 1e-3  # seconds a step is taken to cost before one was measured
+
+SHARED = 60.0  # seconds for which a tenant counts as asking
+SHARED_COST = 1.5  # see above
+KEPT_FREE = 8  # one of so many places is kept free of the tenant who has the others
 
 Reason: TypeAlias = Literal["cancelled", "expired"]
 
@@ -136,8 +146,18 @@ class _Turns:
             heappush(self._order, (self._given[tenant], tenant))
         self._queues[tenant].append(waiting)
 
-    def first(self) -> _Waiting | None:
-        """The job whose row joins next; jobs that are gone, or have begun whole, are let go on the way."""
+    def first(self, full: Set[str]) -> _Waiting | None:
+        """The job whose row joins next, of tenants who are not `full`; jobs that are gone, or have begun whole, are let
+        go on the way.
+        """
+        passed_over: list[tuple[float, str]] = []
+        try:
+            return self._first(full, passed_over)
+        finally:
+            for entry in passed_over:
+                heappush(self._order, entry)
+
+    def _first(self, full: Set[str], passed_over: list[tuple[float, str]]) -> _Waiting | None:
         while self._order:
             told, tenant = self._order[0]
             jobs = self._queues[tenant]
@@ -148,6 +168,8 @@ class _Turns:
                 del self._queues[tenant]
             elif told < self._given[tenant]:
                 heapreplace(self._order, (self._given[tenant], tenant))
+            elif tenant in full:
+                passed_over.append(heappop(self._order))
             else:
                 return jobs[0]
         return None
@@ -175,10 +197,10 @@ class _Line:
         else:
             self._urgent.add(waiting)
 
-    def rows(self, now: float) -> Iterator[Row]:
-        """Rows, one after the other, as they join."""
+    def rows(self, now: float, full: Set[str]) -> Iterator[Row]:
+        """Rows, one after the other, as they join; none of tenants who are `full` when it comes to them."""
         self._age(now)
-        while (waiting := self._urgent.first() or self._patient.first()) is not None:
+        while (waiting := self._urgent.first(full) or self._patient.first(full)) is not None:
             ticket = waiting.ticket
             self._clock = self._given[ticket.tenant]
             self._given[ticket.tenant] += ticket.work
@@ -209,13 +231,30 @@ class _Lane:
     rows: int = 0
     seconds: float = 0.0
     fastest: float = 0.0
+    # Rows -> seconds of a step, at warm-up: what is measured later depends on what sizes there were, and these on it.
+    measured: dict[int, float] = field(default_factory=dict)
+    asked: dict[str, float] = field(default_factory=dict)  # the last two tenants that asked, and when
+    places: int = 0  # that may be taken as of the last step: fewer than max_rows while tenants share it
 
     @property
     def busy(self) -> bool:
         return bool(self.pending or self.running)
 
     def predict(self) -> None:
-        self.predicted = self.cost.predict(min(len(self.running) + self.pending, self.max_rows))
+        places = max(self.places or self.max_rows, len(self.running))
+        self.predicted = self.cost.predict(min(len(self.running) + self.pending, places))
+
+    def share(self, now: float) -> bool:
+        """How many places there are now; True while several tenants share them."""
+        shared = sum(now - at < SHARED for at in self.asked.values()) > 1
+        self.places = self.max_rows
+        if shared and len(self.measured) > 1:
+            few, many = min(self.measured), max(self.measured)
+            cheapest, dearest = self.measured[few], self.measured[many]
+            if dearest > SHARED_COST * cheapest:
+                more = (SHARED_COST - 1) * cheapest * (many - few) / (dearest - cheapest)
+                self.places = min(self.max_rows, max(2, few + int(more / few) * few))
+        return shared
 
 
 class Scheduler:
@@ -243,6 +282,8 @@ class Scheduler:
             raise ValueError(f"rows: {ticket.rows}; a job has at least one")
         lane = self._lane(ticket.lane)
         self._tickets[ticket.job] = ticket
+        others = [(tenant, at) for tenant, at in lane.asked.items() if tenant != ticket.tenant]
+        lane.asked = {**dict(others[-1:]), ticket.tenant: now}
         self._unfinished[ticket.job] = ticket.rows
         waiting = self._waiting[ticket.job] = _Waiting(ticket)
         lane.line.add(waiting, now)
@@ -260,9 +301,12 @@ class Scheduler:
             self._cancelled.append(job)
 
     def prepare(self, lane: str, max_rows: int, rows: int, seconds: float) -> None:
-        """A new lane: how many of its rows may step together, and a step measured at warm-up."""
-        self._lane(lane).max_rows = max_rows
-        self._lane(lane).cost.observe(rows, seconds)
+        """A new lane: how many of its rows may step together, and a step over so many rows that was measured at warm-up;
+        told once for each such measurement. With the smallest batch and the largest, the lane can be shared (see above).
+        """
+        made = self._lane(lane)
+        made.max_rows, made.measured[rows] = max_rows, seconds
+        made.cost.observe(rows, seconds)
 
     def forget(self, lane: str) -> None:
         """Drop what is known of an idle lane, when its model goes. Raises `ValueError` for one with jobs."""
@@ -380,15 +424,25 @@ class Scheduler:
         return self._round[0]
 
     def _joiners(self, lane: _Lane, now: float) -> Iterable[Row]:
-        if not lane.pending or len(lane.running) >= lane.max_rows:
+        if not lane.pending:
             return
-        for row in lane.line.rows(now):
+        shared, full = lane.share(now), set[str]()
+        if len(lane.running) >= lane.places:
+            return
+        at_most = lane.places - max(1, lane.places // KEPT_FREE) if shared else lane.places
+        held = Counter(self._tickets[row.job].tenant for row in lane.running)
+        full |= {tenant for tenant, rows in held.items() if rows >= at_most and shared}
+        for row in lane.line.rows(now, full):
+            ticket = self._tickets[row.job]
             lane.pending -= 1
-            lane.running[row] = lane.steps + self._tickets[row.job].ticks
-            if row.item + 1 == self._tickets[row.job].rows:
+            lane.running[row] = lane.steps + ticket.ticks
+            if row.item + 1 == ticket.rows:
                 del self._waiting[row.job]
+            held[ticket.tenant] += 1
+            if shared and held[ticket.tenant] >= at_most:
+                full.add(ticket.tenant)
             yield row
-            if len(lane.running) >= lane.max_rows:
+            if len(lane.running) >= lane.places:
                 return
 
 

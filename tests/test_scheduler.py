@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import AGEING, Cost, Row, Scheduler, Ticket
+from service.scheduler import AGEING, SHARED, Cost, Row, Scheduler, Ticket
 
 
 class Simulation:
     """A device that takes `a · rows + b` seconds a step, and chains of a given length."""
 
-    def __init__(self, scheduler: Scheduler, costs: dict[str, tuple[float, float]]) -> None:
+    def __init__(self, scheduler: Scheduler, costs: dict[str, tuple[float, float]], multiple: int = 1) -> None:
         self.scheduler, self.costs, self.now = scheduler, costs, 0.0
+        self.multiple = multiple  # of rows that a batch is filled up to
         self.left: dict[Row, int] = {}
         self.tickets: dict[str, tuple[Ticket, int]] = {}
         self.joined: Counter[Row] = Counter()
@@ -46,7 +47,7 @@ class Simulation:
         assert rows, "a lane without rows was planned"
         assert set(self.scheduler.running(plan.lane)) == set(rows)
         a, b = self.costs[plan.lane]
-        seconds = a * len(rows) + b
+        seconds = a * -(-len(rows) // self.multiple) * self.multiple + b
         self.now += seconds
         self.used[plan.lane] += seconds  # type: ignore[assignment]
         for row in rows:
@@ -179,6 +180,60 @@ def test_a_flood_of_one_tenant_delays_that_tenant_alone() -> None:
         # It waits until a row of the flood has run to its end, then runs.
         assert sim.ended[f"quiet{k}"] - arrived <= 0.1 + 0.1 + 1e-9
     assert sum(job.startswith("flood") for job in sim.ended) < 200, "the flood was still there"
+
+
+@pytest.mark.parametrize("cost", [(1.9e-3, 1.5e-3), (0.0, 5e-3), (1e-4, 2e-3)], ids=["by the row", "flat", "between"])
+@pytest.mark.parametrize("flood", [(1, 20), (4, 300), (64, 50)], ids=["like the other's", "long", "large"])
+def test_a_flood_leaves_others_p95_within_twice_what_it_is_without(
+    cost: tuple[float, float], flood: tuple[int, int]
+) -> None:
+    """On a device whose steps cost by the row, by the step, or both; batches are filled up to four rows."""
+
+    def p95(flooded: bool) -> float:
+        rng = random.Random(1)
+        sim = Simulation(Scheduler(64), {"m": cost}, multiple=4)
+        for rows in (4, 64):
+            sim.scheduler.prepare("m", 64, rows, rows * cost[0] + cost[1])
+        sim.submit(Ticket("before", "m", 1, tenant="quiet"), 1)  # it has asked of late
+        took: list[float] = []
+        asked = 0
+        while len(took) < 40:
+            comes, name, arrived = sim.now + rng.expovariate(10.0), f"quiet{len(took)}", None
+            while name not in sim.ended:
+                while flooded and sim.scheduler.jobs < 2 + 128 // flood[0]:
+                    sim.submit(Ticket(f"flood{asked}", "m", flood[0], tenant="flood", work=flood[1]), flood[1])
+                    asked += 1
+                if arrived is None and sim.now >= comes:
+                    arrived = comes  # in the middle of a step, perhaps
+                    sim.submit(Ticket(name, "m", 1, tenant="quiet", work=20), 20)
+                if not sim.step():
+                    sim.now = comes
+            assert arrived is not None
+            took.append(sim.ended[name] - arrived)
+        return sorted(took)[37]
+
+    quiet, flooded = p95(flooded=False), p95(flooded=True)
+    assert quiet < flooded <= 2 * quiet
+
+
+def test_without_other_tenants_a_batch_is_as_large_as_it_may_be() -> None:
+    sim = Simulation(Scheduler(64), {"m": (1e-3, 1e-3)})
+    for rows in (4, 64):
+        sim.scheduler.prepare("m", 64, rows, (rows + 1) * 1e-3)
+    for k in range(200):
+        sim.submit(Ticket(f"a{k}", "m", 1, tenant="a"), 3)
+    sim.step()
+    assert len(sim.scheduler.running("m")) == 64
+    sim.submit(Ticket("b", "m", 1, tenant="b"), 3)
+    for _ in range(6):
+        sim.step()
+    assert "b" in sim.ended
+    assert len(sim.scheduler.running("m")) < 8
+    sim.now += SHARED
+    sim.submit(Ticket("again", "m", 1, tenant="a"), 3)
+    for _ in range(2):
+        sim.step()
+    assert len(sim.scheduler.running("m")) > 50, "b has not asked for a while"
 
 
 def test_tenants_that_always_wait_are_given_equal_work() -> None:
