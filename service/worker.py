@@ -16,7 +16,6 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +33,11 @@ from service.messages import Failed, Generate, MapImages, Message, ScoreImages, 
 from service.modes import Modes, Renewed, use_cache
 from service.residency import Residency
 from service.settings import Settings
+from service.window import Window
 
 log = logging.getLogger(__name__)
 
 TELL_EVERY = 1.0  # seconds between announcements of the load, while there is any
-# A worker claims jobs for a model until it has this many times a full batch of rows; and until twice as many, such of
-# tenants who have none here, so that they need not wait for others' to end.
-ROWS_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -81,12 +78,12 @@ class Worker:
         modes: Sequence[str] = (),
         precision: Mapping[str, Precision] | None = None,
     ) -> None:
-        self._name, self._device, self._max_rows = name, device, max_rows
+        self._name, self._device = name, device
         self._drain_seconds = drain_seconds
         self._ends_at: float | None = None  # the clock's time at which what still runs is handed back
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._outbox: dict[str, list[Event]] = {}
-        self._rows: dict[str, Counter[str]] = defaultdict(Counter)  # model -> tenant -> rows of unfinished jobs here
+        self._window = Window(max_rows)
         self._held: dict[str, Job] = {}
         self._announced = 0.0  # when, on the clock
         self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
@@ -184,7 +181,7 @@ class Worker:
             self._suspect = job.id
             self._give_back(list(self._held.values()))
         self._held[job.id] = job
-        self._rows[job.model][job.tenant] += job.rows
+        self._window.add(job)
         self._claim()
         if self._residency.admit(job):
             self._begin(job)
@@ -207,7 +204,7 @@ class Worker:
             self._spans.forget(job.id)
             self._outbox.pop(job.id, None)
             if self._held.pop(job.id, None) is not None:
-                self._rows[job.model][job.tenant] -= job.rows
+                self._window.drop(job)
         if jobs:
             self._talk.hand_back([job.id for job in jobs])
 
@@ -219,7 +216,7 @@ class Worker:
         if (held := self._held.get(job_id)) is not None:
             self._spans.told(held, message)
         if final and (job := self._held.pop(job_id, None)) is not None:
-            self._rows[job.model][job.tenant] -= job.rows
+            self._window.drop(job)
             self._residency.touch(job.model)
             if job_id == self._suspect:
                 self._suspect = None
@@ -248,16 +245,8 @@ class Worker:
         if self._ends_at is not None or self._suspect is not None:
             self._talk.want(_Want())
             return
-        enough: dict[str, list[str]] = {}
-        for model, by_tenant in self._rows.items():
-            self._rows[model] = by_tenant = +by_tenant  # without those who have none
-            if by_tenant.total() >= ROWS_AHEAD * self._max_rows:
-                enough[model] = list(by_tenant)
-        here, absent = (
-            [m for m in self._residency.servable(r) if self._rows[m].total() < 2 * ROWS_AHEAD * self._max_rows]
-            for r in (True, False)
-        )
-        self._talk.want(_Want(here, absent, enough))
+        here, absent = (self._window.room(self._residency.servable(resident)) for resident in (True, False))
+        self._talk.want(_Want(here, absent, self._window.enough()))
 
 
 @dataclass(frozen=True)
