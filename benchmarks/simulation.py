@@ -20,6 +20,7 @@ import random
 import selectors
 import statistics
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,13 +90,20 @@ class Wire:
         self.jobs.put_nowait(Job(**what))
 
 
+@dataclass(frozen=True)
+class Request:
+    at: float  # seconds from the beginning
+    steps: int  # of its image
+    tenant: str
+
+
 @dataclass
 class Outcome:
-    offered: float  # jobs a second
+    came: list[float]  # when jobs were asked for, on the clock
     refused: int = 0
-    ended: list[float] = field(default_factory=list)  # when, on the clock
-    took: list[float] = field(default_factory=list)  # seconds from the request to the answer
-    came: list[float] = field(default_factory=list)  # when they were asked for
+    ended: list[float] = field(default_factory=list)  # when,
+    took: list[float] = field(default_factory=list)  # how many seconds after the request,
+    tenants: list[str] = field(default_factory=list)  # and whose it was
     batch: float = 0.0  # rows of a step, as a share of the most
     broker: float = 0.0  # share of its time in which it was busy
 
@@ -103,18 +111,17 @@ class Outcome:
 class Pool:
     """Workers, a broker and those who ask."""
 
-    def __init__(self, workers: int, rate: float, seconds: float, cost: float, seed: int = 0) -> None:
-        self._workers, self._rate, self._seconds, self._cost = workers, rate, seconds, cost
-        self._rng = random.Random(seed)
+    def __init__(self, workers: int, requests: Sequence[Request], seconds: float, cost: float) -> None:
+        self._workers, self._requests, self._seconds, self._cost = workers, requests, seconds, cost
         self._broker = LocalBroker(10**9, keep=0.1, clock=asyncio.get_running_loop().time)
         self._server, self._asked = Server(), dict[str, float]()
         self._steps = self._rows = 0
-        self._outcome = Outcome(rate)
+        self._outcome = Outcome([request.at for request in requests])
 
     async def run(self) -> Outcome:
         loop = asyncio.get_running_loop()
         tasks = [asyncio.ensure_future(self._work(f"w{k}")) for k in range(self._workers)]
-        asking = [asyncio.ensure_future(self._ask(k, at)) for k, at in enumerate(self._arrivals())]
+        asking = [asyncio.ensure_future(self._ask(k, one)) for k, one in enumerate(self._requests)]
         await asyncio.sleep(self._seconds)
         self._outcome.batch = self._rows / max(1, self._steps) / BATCH
         self._outcome.broker = min(1.0, self._server.busy / loop.time())
@@ -123,19 +130,11 @@ class Pool:
         await asyncio.gather(*tasks, *asking, return_exceptions=True)
         return self._outcome
 
-    def _arrivals(self) -> list[float]:
-        times, now = [], 0.0
-        while (now := now + self._rng.expovariate(self._rate)) < self._seconds:
-            times.append(now)
-        self._outcome.came = times
-        return times
-
-    async def _ask(self, k: int, at: float) -> None:
-        await asyncio.sleep(at)
-        steps = self._rng.choice(STEPS)
-        job = Job(f"j{k}", "m", b"", 1, steps, steps=steps, tenant=f"t{k % TENANTS}")
+    async def _ask(self, k: int, request: Request) -> None:
+        await asyncio.sleep(request.at)
+        job = Job(f"j{k}", "m", b"", 1, request.steps, steps=request.steps, tenant=request.tenant)
         await self._server.serve(self._cost / 3)
-        self._asked[job.id] = at
+        self._asked[job.id] = request.at
         try:
             await self._broker.submit(job)
         except QueueFull:
@@ -222,16 +221,25 @@ class Pool:
         now = asyncio.get_running_loop().time()
         self._outcome.ended.append(now)
         self._outcome.took.append(now - self._asked.pop(job.id))
+        self._outcome.tenants.append(job.tenant)
 
 
-def simulate(workers: int, rate: float, seconds: float = SECONDS, cost: float = 100e-6, seed: int = 0) -> Outcome:
-    """What becomes of so many jobs a second with so many workers, where a job costs the broker so many seconds."""
+def simulate(workers: int, requests: Sequence[Request], seconds: float = SECONDS, cost: float = 100e-6) -> Outcome:
+    """What becomes of the requests with so many workers, where a job costs the broker so many seconds."""
 
     async def main() -> Outcome:
-        return await Pool(workers, rate, seconds, cost, seed).run()
+        return await Pool(workers, requests, seconds, cost).run()
 
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main())
+
+
+def at_random(rate: float, seconds: float, seed: int = 0) -> list[Request]:
+    """A Poisson process of so many requests a second."""
+    rng, found, now = random.Random(seed), list[Request](), 0.0
+    while (now := now + rng.expovariate(rate)) < seconds:
+        found.append(Request(now, rng.choice(STEPS), f"t{len(found) % TENANTS}"))
+    return found
 
 
 def main() -> None:
@@ -250,14 +258,15 @@ def main() -> None:
         "answered, jobs/s",
         "p50, ms",
         "p95, ms",
-        "devices busy",
+        "batches full",
         "broker busy",
-        "full",
+        "too much for",
     )
     lines = []
     for workers in args.workers:
         for rate in args.rates:
-            found = simulate(workers, rate, args.seconds, args.broker_microseconds * 1e-6)
+            requests = at_random(rate, args.seconds)
+            found = simulate(workers, requests, args.seconds, args.broker_microseconds * 1e-6)
             half = [took for took, at in zip(found.took, found.ended, strict=True) if at > args.seconds / 2]
             came = sum(at > args.seconds / 2 for at in found.came)
             cuts = [1e3 * cut for cut in statistics.quantiles(half, n=20)]

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, Sentinel
 from redis.asyncio.retry import Retry
@@ -51,10 +51,11 @@ class Store:
             "protocol": 2,
         }
         # What a reply is, redis-py's types leave open.
-        self.commands: Any = _client(url, {**options, "max_connections": 32})
+        self._sentinels: list[Any] = []  # clients of them, to be closed as well
+        self.commands: Any = self._client(url, {**options, "max_connections": 32})
         # Of their own, so that neither keeps a command waiting: long payloads, and reads that wait.
-        self.bulk: Any = _client(url, {**options, "socket_timeout": 30.0, "max_connections": 8})
-        self.waiting: Any = _client(url, {**options, "socket_timeout": BLOCK_SECONDS + 5.0, "max_connections": 8})
+        self.bulk: Any = self._client(url, {**options, "socket_timeout": 30.0, "max_connections": 8})
+        self.waiting: Any = self._client(url, {**options, "socket_timeout": BLOCK_SECONDS + 5.0, "max_connections": 8})
         common = (_FOLDER / "_common.lua").read_text(encoding="utf-8")
         self._scripts = {
             name: self.commands.register_script(common + (_FOLDER / f"{name}.lua").read_text(encoding="utf-8"))
@@ -84,32 +85,38 @@ class Store:
         return payload
 
     async def close(self) -> None:
-        for client in (self.commands, self.bulk, self.waiting):
+        for client in (self.commands, self.bulk, self.waiting, *self._sentinels):
             with contextlib.suppress(*AWAY, RedisError):
                 await client.aclose(close_connection_pool=True)
 
-
-def _client(url: str, options: Mapping[str, Any]) -> Redis:
-    """A pool of connections. redis:// and rediss:// (TLS) as everywhere; redis+sentinel://host:port,host:port/service
-    for the master of that name. Raises `ValueError` for another URL.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("redis+sentinel", "rediss+sentinel"):
-        pool = BlockingConnectionPool.from_url(url, timeout=ANSWER_SECONDS, **options)
-        return Redis(connection_pool=pool)
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    user, _, password = credentials.partition(":")
-    service, _, db = parts.path.strip("/").partition("/")
-    if not service:
-        raise ValueError(f"redis_url: {url!r} names no service: redis+sentinel://host:26379/service")
-    sentinels = [(host, int(port or 26379)) for host, _, port in (h.partition(":") for h in hosts.split(","))]
-    given = dict(parse_qsl(parts.query))
-    access = {"username": user or None, "password": password or None, "ssl": parts.scheme == "rediss+sentinel"}
-    sentinel: Any = Sentinel(
-        sentinels, sentinel_kwargs={"password": given.get("sentinel_password")}, **access, **options
-    )  # type: ignore[no-untyped-call]
-    master: Redis = sentinel.master_for(service, db=int(db or 0))
-    return master
+    def _client(self, url: str, options: Mapping[str, Any]) -> Redis:
+        """A pool of connections. redis:// and rediss:// (TLS) as everywhere; redis+sentinel://host:port,host:port/service
+        for the master of that name. Raises `ValueError` for another URL.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("redis+sentinel", "rediss+sentinel"):
+            pool = BlockingConnectionPool.from_url(url, timeout=ANSWER_SECONDS, **options)
+            return Redis(connection_pool=pool)
+        credentials, _, hosts = parts.netloc.rpartition("@")
+        user, _, password = credentials.partition(":")
+        service, _, db = parts.path.strip("/").partition("/")
+        if not service:
+            raise ValueError(f"redis_url: {url!r} names no service: redis+sentinel://host:26379/service")
+        sentinels = [(host, int(port or 26379)) for host, _, port in (h.partition(":") for h in hosts.split(","))]
+        given = dict(parse_qsl(parts.query))
+        access = {
+            "username": unquote(user) or None,
+            "password": unquote(password) or None,
+            "ssl": parts.scheme == "rediss+sentinel",
+        }
+        # Pools of redis-py's Sentinel do not wait for a connection: one that is full raises.
+        options = {**options, "max_connections": 1024}
+        sentinel: Any = Sentinel(
+            sentinels, sentinel_kwargs={"password": given.get("sentinel_password")}, **access, **options
+        )  # type: ignore[no-untyped-call]
+        self._sentinels += sentinel.sentinels
+        master: Redis = sentinel.master_for(service, db=int(db or 0))
+        return master
 
 
 async def reached(work: Awaitable[T]) -> T:
