@@ -145,7 +145,8 @@ class Pool:
         state = WorkerState(name, "simulated", True, {"m": ModelState("ready")})
         self._broker._heard(name, link, "announce", [dataclasses.asdict(state)])
         window, scheduler, held = Window(BATCH), Scheduler(BATCH), dict[str, Job]()
-        scheduler.prepare("m", BATCH, 4, 4 * DEVICE[0] + DEVICE[1], BATCH * DEVICE[0] + DEVICE[1])
+        for rows in (4, BATCH):
+            scheduler.prepare("m", BATCH, rows, rows * DEVICE[0] + DEVICE[1])
         came, room = asyncio.Event(), asyncio.Event()
         claiming = asyncio.ensure_future(self._claim(name, link, window, scheduler, held, came, room))
         publishing: set[asyncio.Future[None]] = set()
