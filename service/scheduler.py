@@ -301,8 +301,9 @@ class Scheduler:
             self._cancelled.append(job)
 
     def prepare(self, lane: str, max_rows: int, rows: int, seconds: float) -> None:
-        """A new lane: how many of its rows may step together, and a step over so many rows that was measured at warm-up;
-        told once for each such measurement. With the smallest batch and the largest, the lane can be shared (see above).
+        """A new lane: how many of its rows may step together, and a step over so many rows that was measured at
+        warm-up; told once for each such measurement. With the smallest batch and the largest, the lane can be shared
+        (see above).
         """
         made = self._lane(lane)
         made.max_rows, made.measured[rows] = max_rows, seconds
