@@ -63,8 +63,11 @@ def consistency() -> Run:
 
 
 def latent_diffusion() -> Run:
-    """Latent diffusion: 7×7 codes of eight channels, an autoencoder with a critic, then a U-Net of the codes: 22 CPU
+    """Latent diffusion: 7×7 codes of eight channels, an autoencoder with a critic, then a U-Net of the codes: 25 CPU
     minutes of one thread.
+
+    93 % of 1,000 samples were classified as the class asked for, by a network that is right about 92 % of the test
+    images. FD-local 27; the autoencoder alone, which is its floor, has 7. Sandals are its weak class.
     """
     return Run(
         family="latent_diffusion",
@@ -96,6 +99,7 @@ def vae() -> Run:
         steps=13_000,
         batch_size=64,
         optimisers={"vae": AdamW(lr=2e-3, weight_decay=0.01)},
+        storage="fp16",
         channels_last=True,
     )
 
@@ -183,6 +187,7 @@ def gan() -> Run:
         batch_size=64,
         optimisers={"critic": AdamW(lr=1e-3, betas=(0.0, 0.99)), "generator": AdamW(lr=1e-3, betas=(0.0, 0.99))},
         clip=None,
+        storage="fp16",
         channels_last=True,
     )
 
@@ -372,7 +377,12 @@ def dbm() -> Run:
 
 
 def vqvae() -> Run:
-    """Class-conditional VQ-VAE, 49 patches of two codes, a transformer of four layers: 20 CPU minutes of one thread."""
+    """Class-conditional VQ-VAE, 49 patches of two codes, a transformer of four layers: 20 CPU minutes of one thread.
+
+    Reached on the 10,000 test images a bound of 3.43 bits/dim, by the encoder's codes alone; 81 % of 1,000 samples were
+    classified as the class asked for, by a network that is right about 92 % of the test images. FD-local 17, of
+    reconstructions 5.
+    """
     return Run(
         family="vqvae",
         config=models.vqvae.Config(groups=2, codes=256, dims=8),
