@@ -260,8 +260,8 @@ def flow_matching() -> Run:
     """Class-conditional flow matching along the optimal-transport path: 35 CPU minutes of one thread.
 
     96 % of 1,000 samples were classified as the class asked for, by a network that is right about 92 % of the test
-    images; FD-local 8. On 170 test images 2.94 ± 0.06 bits/dim without labels and 2.92 given them, where half the solver's
-    steps give 2.93 and 99 % of the images have converged.
+    images; FD-local 8. On 170 test images 2.94 ± 0.06 bits/dim without labels and 2.92 given them, where half of the
+    solver's steps give 2.93 and 99 % of the images have converged.
     """
     return Run(
         family="flow_matching",
