@@ -3,10 +3,10 @@
 A model's `networks()` are functions of their arguments, batched along dim 0. A *twin* is a copy of the model that
 shares all of it, but calls other functions in their place:
 
-    channels_last   weights and activations in the order (B, H, W, C), for which convolutions are faster on some devices
+    ChannelsLast    weights and activations in the order (B, H, W, C), for which convolutions are faster on some devices
     compiled        torch.compile with the weights frozen into the code
     graphed         CUDA graphs: the kernels of a call are recorded once and launched together
-    autocast        in bfloat16, for about the same images: never for a score
+    Autocast        in bfloat16, for about the same images: never for a score
 
 Whatever is compiled or recorded has one shape: `Canonical` fills batches up to one of a few sizes, and cuts longer
 ones."""
@@ -104,14 +104,14 @@ class _Replaced(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ the modes
 
 
-def channels_last(network: nn.Module) -> Call:
-    """A copy of its weights in the other order."""
-    ordered = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+class ChannelsLast:
+    """A network with a copy of its weights in the other order."""
 
-    def call(*args: Any) -> Any:
-        return mapped(Tensor.contiguous, ordered(*mapped(_ordered, args)))
+    def __init__(self, network: nn.Module) -> None:
+        self._network = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    return call
+    def __call__(self, *args: Any) -> Any:
+        return mapped(Tensor.contiguous, self._network(*mapped(_ordered, args)))
 
 
 def compiled(network: nn.Module, sizes: Sequence[int]) -> Call:
@@ -120,15 +120,16 @@ def compiled(network: nn.Module, sizes: Sequence[int]) -> Call:
     return Canonical(function, sizes)
 
 
-def autocast(call: Call, device: torch.device) -> Call:
-    """In bfloat16 where that is safe enough (torch.autocast's lists), with float32 in and out."""
+class Autocast:
+    """A call in bfloat16 where that is safe enough (torch.autocast's lists), with float32 in and out."""
 
-    def low(*args: Any) -> Any:
-        with torch.autocast(device.type, torch.bfloat16):
-            out = call(*args)
+    def __init__(self, call: Call, device: torch.device) -> None:
+        self._call, self._device = call, device
+
+    def __call__(self, *args: Any) -> Any:
+        with torch.autocast(self._device.type, torch.bfloat16):
+            out = self._call(*args)
         return mapped(lambda part: part.float() if part.is_floating_point() else part, out)
-
-    return low
 
 
 def graphed(call: Call, sizes: Sequence[int], example: Arguments) -> Call:

@@ -25,6 +25,7 @@ from service.engine import Warm
 
 log = logging.getLogger(__name__)
 
+_OURS = ("models.", "service.")  # modules whose objects are looked into
 SCAN_EVERY = 1.0  # seconds between looks at the models folder
 
 
@@ -134,12 +135,13 @@ class Loader:
             return Refused(name, version, f"{e}" if isinstance(e, _checkpoint.CheckpointError) else _described(e))
         seconds = time.perf_counter() - began
         log.info("%s: read in %.2f s, warmed up in %.2f s", name, read, seconds - read)
-        return Loaded(name, version, warm, weigh(model), seconds)
+        return Loaded(name, version, warm, weigh(warm), seconds)
 
 
-def weigh(model: Model) -> int:
-    """Bytes of a model's parameters, buffers, and whatever tensors else it keeps; what two share counts once."""
-    storages = [tensor.untyped_storage() for tensor in _tensors(model)]
+def weigh(thing: Model | Warm) -> int:
+    """Bytes of a model's parameters, buffers, and whatever tensors else it keeps, and of the copies that a faster mode
+    made of them; what two share counts once."""
+    storages = [tensor.untyped_storage() for tensor in _tensors(thing)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -158,7 +160,7 @@ def _tensors(thing: object) -> Iterator[Tensor]:
             stack += thing.values()
         elif isinstance(thing, list | tuple | set):
             stack += thing
-        elif isinstance(thing, torch.nn.Module) or type(thing).__module__.startswith("models."):
+        elif isinstance(thing, torch.nn.Module) or type(thing).__module__.startswith(_OURS):
             stack += getattr(thing, "__dict__", {}).values()
 
 

@@ -131,7 +131,7 @@ class Modes:
             choice.not_chosen |= {what: str(e) for what in (*wanted, *low)}
             return
         if precision == "bfloat16":
-            calls = {key: _modes.autocast(model.networks()[key], model.device) for key in examples}
+            calls = {key: _modes.Autocast(model.networks()[key], model.device) for key in examples}
             choice.model, choice.precision = _modes.twin(model, calls), precision
         for mode in wanted:
             if mode == COMPILE:
@@ -154,7 +154,7 @@ class Modes:
         for key, example in examples.items():
             network: Call = model.networks()[key]
             if mode == CHANNELS_LAST:
-                network = _modes.channels_last(model.networks()[key])
+                network = _modes.ChannelsLast(model.networks()[key])
             elif mode == ONNX:
                 if precision != "float32":
                     raise NotApplicable("float32 alone")
@@ -162,7 +162,7 @@ class Modes:
             elif mode == COMPILE:
                 network = _modes.compiled(model.networks()[key], self._sizes(model))
             if precision == "bfloat16":
-                network = _modes.autocast(network, model.device)
+                network = _modes.Autocast(network, model.device)
             if mode == COMPILE:
                 _modes.warm(network, self._sizes(model), example)
             elif mode == CUDA_GRAPHS:

@@ -20,6 +20,7 @@ from models._protocol import Model
 from service import modes
 from service.engine import Engine
 from service.execution import Execution, Precision, execution_in, modes_in, precisions_in
+from service.loader import weigh
 from service.messages import Completed, Generate, ImageDone, Message, Scored, ScoreImages
 from service.modes import Modes, Renewed
 from training.__main__ import main
@@ -104,7 +105,7 @@ def test_batches_of_any_length_are_called_in_a_few_sizes(rows: int) -> None:
 @torch.inference_mode()
 def test_channels_last_is_the_same_function(model: Model) -> None:
     network = model.networks()["network"]
-    other, args = _modes.channels_last(network), called(model)["network"]
+    other, args = _modes.ChannelsLast(network), called(model)["network"]
     torch.testing.assert_close(other(*args), network(*args), rtol=1e-4, atol=1e-5)
     assert other(*args).is_contiguous()
     assert all(p.is_contiguous() for p in network.parameters()), "the model's own weights stay as they are"
@@ -113,7 +114,7 @@ def test_channels_last_is_the_same_function(model: Model) -> None:
 @torch.inference_mode()
 def test_bfloat16_takes_and_gives_float32(model: Model) -> None:
     network, args = model.networks()["network"], called(model)["network"]
-    low = _modes.autocast(network, model.device)(*args)
+    low = _modes.Autocast(network, model.device)(*args)
     assert low.dtype == torch.float32
     assert not torch.equal(low, network(*args))
     torch.testing.assert_close(low, network(*args), rtol=0.1, atol=0.1)
@@ -214,7 +215,7 @@ def test_eager_float32_unless_something_else_is_asked_for(model: Model, tmp_path
 def test_a_mode_that_changes_one_pixel_is_not_chosen_however_fast(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_modes, "channels_last", halved)
+    monkeypatch.setattr(_modes, "ChannelsLast", halved)
     monkeypatch.setattr(modes, "_ratio", lambda *_: 0.01)
     desk = Desk(model, tmp_path, ["channels-last"])
     assert desk.warm.execution.mode == "eager"
@@ -227,7 +228,7 @@ def test_a_mode_that_raises_or_has_nothing_to_run_leaves_the_model_in_service(
     def broken(network: nn.Module) -> Callable[..., Any]:
         raise RuntimeError("no such order\nand more")
 
-    monkeypatch.setattr(_modes, "channels_last", broken)
+    monkeypatch.setattr(_modes, "ChannelsLast", broken)
     _checkpoint.save(tmp_path / "m", model, family_of("ddpm").Config(**TINY["ddpm"][0]), {"metrics": {}})
     desk = Desk(model, tmp_path, ["channels-last", "onnx", "cuda-graphs"])
     told = desk.warm.execution.not_chosen
@@ -254,6 +255,22 @@ def test_the_faster_of_equal_modes_is_chosen_and_draws_the_same(
         assert loser != mode
         difference = np.abs(desk.draw()[0].astype(int) - eager.draw(f"{ratio}")[0])
         assert difference.max() <= 1, "a rounding tie may fall the other way"
+
+
+def test_copies_of_weights_count_as_memory(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modes, "_same_levels", lambda *_: None)
+    monkeypatch.setattr(modes, "_ratio", lambda *_: 0.5)
+    plain, fast, low = (
+        weigh(desk.warm)
+        for desk in (
+            Desk(model, tmp_path),
+            Desk(model, tmp_path, ["channels-last"]),
+            Desk(model, tmp_path, precision="bfloat16"),
+        )
+    )
+    copied = sum(p.nbytes for p in model.networks()["network"].parameters())
+    assert plain == low == weigh(model)
+    assert fast - plain == pytest.approx(copied, rel=0.1)
 
 
 def test_bfloat16_is_told_and_leaves_scores_alone(model: Model, tmp_path: Path) -> None:
