@@ -13,8 +13,8 @@ A deadline is refused by `least`, which errs to the other side. It cannot be soo
 doubt for the job: other lanes are taken to be idle by the time it runs; of what other tenants have queued it waits for
 no more than for its own tenant's, since tenants take turns; `STALE` seconds are taken off its wait, since what workers
 told may be as old; its steps are taken at the pace of the fastest step that the lane ever took, however few its rows
-were. So where the pool is idle, nothing is refused but what could not be done even at that pace; and nothing at all
-before a lane has taken `MEASURED` steps for somebody."""
+were, or at that of the fit, if it is faster. So where the pool is idle, nothing is refused but what could not be done
+even at that pace; and nothing at all before a lane has taken `MEASURED` steps for somebody."""
 
 from __future__ import annotations
 
@@ -93,8 +93,10 @@ def _least(job: Job, load: Load, steps_before: float) -> float:
     if load.steps < MEASURED:
         return 0.0
     room_in = _room_in(job, load) if set(load.tenants) <= {job.tenant} else load.first_in
-    wait = (room_in + steps_before) * _full(load) - STALE
-    return max(0.0, wait) + -(-job.rows // load.max_rows) * job.steps * load.fastest
+    pace = _full(load) if load.step_seconds > 0 else load.fastest  # without b it was fitted to one size, or to noise
+    wait = (room_in + steps_before) * pace - STALE
+    own = load.row_seconds * min(job.rows, load.max_rows) + load.step_seconds  # it may have never had so few rows
+    return max(0.0, wait) + -(-job.rows // load.max_rows) * job.steps * min(load.fastest, own)
 
 
 def _room_in(job: Job, load: Load) -> int:

@@ -308,6 +308,7 @@ class Scheduler:
         made = self._lane(lane)
         made.max_rows, made.measured[rows] = max_rows, seconds
         made.cost.observe(rows, seconds)
+        made.fastest = min(seconds, made.fastest or seconds)
 
     def forget(self, lane: str) -> None:
         """Drop what is known of an idle lane, when its model goes. Raises `ValueError` for one with jobs."""
@@ -330,7 +331,7 @@ class Scheduler:
         lane = self._lanes[lane_name]
         lane.cost.observe(rows, seconds)
         lane.deficit -= seconds
-        lane.fastest = min(lane.fastest, seconds) if lane.steps else seconds
+        lane.fastest = min(seconds, lane.fastest or seconds)
         lane.steps, lane.rows, lane.seconds = lane.steps + 1, lane.rows + rows, lane.seconds + seconds
         for row in finished:
             del lane.running[row]
