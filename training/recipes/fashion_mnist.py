@@ -134,6 +134,7 @@ def realnvp() -> Run:
         steps=13_000,
         batch_size=64,
         optimisers={"flow": AdamW(lr=2e-3)},
+        storage="fp16",
     )
 
 
@@ -222,6 +223,7 @@ def pixelcnn() -> Run:
         batch_size=16,
         optimisers={"pixelcnn": AdamW(lr=6e-3)},
         channels_last=True,
+        storage="fp16",
     )
 
 
@@ -367,7 +369,11 @@ def rbm() -> Run:
 
 
 def dbm() -> Run:
-    """Class-conditional DBM of 300 and 150 hidden units, greedy start: 12 CPU minutes of one thread."""
+    """Class-conditional DBM of 300 and 150 hidden units, greedy start: 12 CPU minutes of one thread.
+
+    Reached on the 10,000 test images an estimated 3.94 bits/dim; 73 % of 1,000 samples were classified as the class
+    asked for, by a network that is right about 92 % of the test images. Garments are plain to see and blurred.
+    """
     return Run(
         family="boltzmann",
         config=models.boltzmann.Config(hidden=(300, 150)),
