@@ -30,13 +30,13 @@ def prepared(folder: Path, way: str, batch: int) -> Model:
         network = model.networks()[name]
         call: Call = network
         if mode == ORDERED:
-            call = _modes.channels_last(network)
+            call = _modes.ChannelsLast(network)
         elif mode == ONNX:
             call = _onnx.session(folder, name, model.device, torch.get_num_threads())
         elif mode == COMPILED:
             call = _modes.compiled(network, [batch])
         if precision == LOW:
-            call = _modes.autocast(call, model.device)
+            call = _modes.Autocast(call, model.device)
         if mode == COMPILED:
             with torch.inference_mode():
                 _modes.warm(call, [batch], example)

@@ -81,7 +81,7 @@ def prepared(model: Model, way: str, batch: int) -> Model:
     for name, example in _modes.called(model).items():
         call: _modes.Call = model.networks()[name]
         if precision == "bfloat16":
-            call = _modes.autocast(call, model.device)
+            call = _modes.Autocast(call, model.device)
         if graphs:
             with torch.inference_mode():
                 call = _modes.graphed(call, [batch], example)
