@@ -46,6 +46,7 @@ async def test_the_answer_is_exactly_that_of_the_contract(api: Api) -> None:
         "channels": 1,
         "usage": {"queue_seconds": 0.25, "compute_seconds": 1.5, "network_evaluations": 100},
         "model_sha256": api.catalog.entry("diffusion", []).version.weights_sha256,
+        "precision": "float32",
     }
     for k, image in enumerate(answer["images"]):
         assert (pixels_of(base64.b64decode(image["b64_json"])) == picture(7, k, (1, 4, 5))).all()

@@ -414,15 +414,15 @@ def test_what_a_device_does_is_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1600)
-def test_all_run_at_their_smallest_size(tmp_path: Path) -> None:
-    """Those that start servers, with tiny models: each leaves numbers behind, and nothing else."""
+@pytest.mark.timeout(600)
+def test_some_run_at_their_smallest_size(tmp_path: Path) -> None:
+    """With servers and without, of tiny models: each leaves numbers behind, and nothing else."""
     zoo = tmp_path / "zoo"
     write(zoo, "fashion-mnist-ddpm", "ddpm", DDPM)
     write(zoo, "fashion-mnist-gan", "gan", GAN)
     write(zoo, "fashion-mnist-pixelcnn", "pixelcnn", PIXELCNN)
     write(zoo, "fashion-mnist-realnvp", "realnvp", {"couplings": (2, 2), "widths": (8, 8)})
-    names = ["broker", "cache", "sampling", "overhead", "mixed", "scoring"]
+    names = ["cache", "overhead", "scoring"]
     command = [sys.executable, "-m", "benchmarks", *names, "--minutes", "0"]
     command += ["--models", str(zoo), "--results", str(tmp_path / "results")]
     done = subprocess.run(
@@ -431,7 +431,7 @@ def test_all_run_at_their_smallest_size(tmp_path: Path) -> None:
         env={**os.environ, "TMPDIR": str(tmp_path)},  # so that servers are started with a path of this test
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=550,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
