@@ -5,6 +5,9 @@ numpy alone, no torch: training fits and calibrates with it, and the API process
     complexity      how well an image compresses, which no model is needed for
     detectors       one number from many statistics, fitted on normal images only
     conformal       p-values, thresholds and what is known of the true false-alarm rate
-    drift           whether the images that come are still like those of the calibration
+    heatmaps        where in an image, measured by normal images
     calibration     all of it in a file
+    ensembles       several models' statistics, calibrated as one
+    drift           whether the images that come are still like those of the calibration
+    sizes           how many images a promise takes
 """

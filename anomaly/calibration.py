@@ -27,6 +27,7 @@ from anomaly.detectors import Detector, Floats
 from anomaly.heatmaps import Maps
 
 FORMAT = 1
+FILE = "calibration.safetensors"  # beside the model whose scores it calibrates
 
 
 class CalibrationError(Exception):

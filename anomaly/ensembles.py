@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anomaly.calibration import CalibrationError
+from anomaly.calibration import FILE, CalibrationError
 
 FORMAT = 1
 ABOUT = "ensemble.json"
-CALIBRATION = "calibration.safetensors"
 SHARED = ("complexity_bits",)  # statistics of the image alone, the same for every member
 
 
@@ -38,7 +37,7 @@ class Ensemble:
         about: dict[str, Any] = {
             "format": FORMAT,
             "members": [{"name": m.name, "weights_sha256": m.weights_sha256} for m in self.members],
-            "files": {CALIBRATION: self.calibration_sha256},
+            "files": {FILE: self.calibration_sha256},
         }
         return (json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode()
 
@@ -56,7 +55,7 @@ def unpack(packed: bytes) -> Ensemble:
         if about["format"] != FORMAT:
             raise CalibrationError(f"{ABOUT}: format {about['format']!r}; this version reads format {FORMAT}")
         members = tuple(Member(str(m["name"]), str(m["weights_sha256"])) for m in about["members"])
-        return Ensemble(members, str(about["files"][CALIBRATION]))
+        return Ensemble(members, str(about["files"][FILE]))
     except (KeyError, TypeError, ValueError) as e:
         raise CalibrationError(f"{ABOUT}: not one: {type(e).__name__}: {e}") from e
 

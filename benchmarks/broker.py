@@ -22,8 +22,9 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import redis
@@ -201,7 +202,10 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     jobs, seconds = (5, 0.5) if bench.smallest else (JOBS, SECONDS)
     workers = args.workers[:1] if bench.smallest else args.workers
     with server(args.redis) as url:
-        kinds = {"one machine": local, "Redis": lambda: over_redis(url)}
+        kinds: dict[str, Callable[[], AbstractAsyncContextManager[tuple[Broker, Claims]]]] = {
+            "one machine": local,
+            "Redis": partial(over_redis, url),
+        }
         for number, what in bench.interleaved([*kinds, *workers]):
             if isinstance(what, str):
                 with watched(url) as scripts:

@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 
 from benchmarks._frame import Bench, Results, alone
 from benchmarks._page import table
@@ -58,11 +57,11 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
             except NotApplicable as e:
                 print(f"benchmarks: {way}: {e}", flush=True)
                 break
-    cases = ["float32 products", "bfloat16 products", "launch", *ways]
+    cases: list[str | tuple[str, int]] = ["float32 products", "bfloat16 products", "launch", *ways]
     for number, case in bench.interleaved(cases):
         if isinstance(case, tuple):
             way, batch = case
-            seconds = step_seconds(ways[case], batch, window)
+            seconds = step_seconds(ways[way, batch], batch, window)
             bench.record({**about, "way": way, "batch": batch}, number, "s", step=seconds)
         elif case == "launch":
             bench.record(about, number, "s", launch=launch_seconds(device, window))
@@ -151,6 +150,7 @@ def flops(model: Model, batch: int) -> int:
     counted: list[int] = []
 
     def count(layer: nn.Module, _: object, out: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
         counted.append(2 * out.numel() * layer.weight[0].numel())
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -169,11 +169,11 @@ def kernels(model: Model) -> int:
     rows = model.init(_modes.example_draws(model.spec, 1))
     model.step(rows)  # the first one chooses its kernels
     kind = torch.profiler.ProfilerActivity.CUDA if model.device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
-    wanted = DeviceType.CUDA if model.device.type == "cuda" else DeviceType.CPU
+    wanted = model.device.type.upper()
     with torch.profiler.profile(activities=[kind]) as profile:
         model.step(rows)
         _wait(model.device)
-    events = [e for e in profile.events() or () if e.device_type == wanted]
+    events = [e for e in profile.events() or () if e.device_type.name == wanted]
     return sum(not e.name.startswith(("Memcpy", "Memset")) for e in events)
 
 

@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _draw(folder: Path, way: str, batches: Sequence[int], seconds: float, start:
         asked = draws(model.spec, batch, 1, ("a picture",))
         with torch.inference_mode():
             start.wait(timeout=600)
-            times, took = _repeated(lambda model=model, asked=asked: sampled(model, asked), seconds)
+            times, took = _repeated(partial(sampled, model, asked), seconds)
         rates[batch] = batch * times / took
     answers.put(rates)
 

@@ -67,7 +67,9 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
                 if isinstance(what, tuple):
                     name, batch = what
                     case, images = {"model": name, "batch": batch}, pictures[name][:batch]
-                    count, took = bare(loaded[name], images, window)
+                    model = loaded[name]
+                    assert isinstance(model, Density), f"{name}: no density"
+                    count, took = bare(model, images, window)
                     bench.record(case, number, "images/s", count, bare=count / took)
                     _served(bench, case, number, server, score_job(name, images), window)
                 else:

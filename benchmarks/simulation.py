@@ -171,9 +171,9 @@ class Pool:
                     del left[row]
                     window.drop(held[row.job])
                     room.set()
-                    told = asyncio.ensure_future(self._publish(name, link, held.pop(row.job)))
-                    publishing.add(told)
-                    told.add_done_callback(publishing.discard)
+                    publication = asyncio.ensure_future(self._publish(name, link, held.pop(row.job)))
+                    publishing.add(publication)
+                    publication.add_done_callback(publishing.discard)
         finally:
             claiming.cancel()
             for told in publishing:

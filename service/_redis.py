@@ -50,8 +50,8 @@ class Store:
             "retry": retry,
             "protocol": 2,
         }
-        # What a reply is, redis-py's types leave open.
         self._sentinels: list[Any] = []  # clients of them, to be closed as well
+        # What a reply is, redis-py's types leave open.
         self.commands: Any = self._client(url, {**options, "max_connections": 32})
         # Of their own, so that neither keeps a command waiting: long payloads, and reads that wait.
         self.bulk: Any = self._client(url, {**options, "socket_timeout": 30.0, "max_connections": 8})
@@ -101,7 +101,7 @@ class Store:
         user, _, password = credentials.partition(":")
         service, _, db = parts.path.strip("/").partition("/")
         if not service:
-            raise ValueError(f"redis_url: {url!r} names no service: redis+sentinel://host:26379/service")
+            raise ValueError(f"redis_url: names no service after {hosts!r}: redis+sentinel://host:26379/service")
         sentinels = [(host, int(port or 26379)) for host, _, port in (h.partition(":") for h in hosts.split(","))]
         given = dict(parse_qsl(parts.query))
         access = {

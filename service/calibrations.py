@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anomaly.calibration import Calibration, CalibrationError, unpack
+from anomaly.calibration import FILE, Calibration, CalibrationError, unpack
 from service.calibration_store import CalibrationStore, Fingerprint
 from service.catalog import Version
 
-FILE = "calibration.safetensors"
 CAME_WITH_THE_MODEL = 0
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeAlias
 from jsonschema import SchemaError
 from pydantic import ValidationError
 
+from anomaly.calibration import FILE
 from service.accepts import Accepts
 from service.broker import ModelState, WorkerState
 from service.execution import Execution
@@ -199,5 +200,5 @@ def read(path: Path) -> Version:
         accepts=accepts,
         metrics=metrics,
         weights_sha256=files[WEIGHTS],
-        calibration_sha256=files.get("calibration.safetensors"),
+        calibration_sha256=files.get(FILE),
     )

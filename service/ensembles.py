@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anomaly.calibration import Calibration, CalibrationError
+from anomaly.calibration import FILE, Calibration, CalibrationError
 from anomaly.calibration import unpack as unpack_calibration
-from anomaly.ensembles import ABOUT, CALIBRATION, Ensemble, unpack
+from anomaly.ensembles import ABOUT, Ensemble, unpack
 from service.calibrations import Known
 from service.catalog import Version
 
@@ -56,9 +56,9 @@ class Ensembles:
         expected = ensemble.calibration_sha256
         try:
             if expected not in self._known:
-                packed = (path.parent / CALIBRATION).read_bytes()
+                packed = (path.parent / FILE).read_bytes()
                 if hashlib.sha256(packed).hexdigest() != expected:
-                    raise CalibrationError(f"{path.parent.name}/{CALIBRATION}: its sha256 is not the one in {ABOUT}")
+                    raise CalibrationError(f"{path.parent.name}/{FILE}: its sha256 is not the one in {ABOUT}")
                 self._known[expected] = unpack_calibration(packed)
         except (CalibrationError, OSError) as e:
             log.warning("%s: %s", path.parent.name, e)

@@ -42,7 +42,7 @@ class ScoreRow:
 
 
 class Program(abc.ABC):
-    """Drawing or scoring: the same three calls for the engine."""
+    """Drawing, scoring or localising: the same calls for the engine."""
 
     name: str
 

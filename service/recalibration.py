@@ -26,9 +26,9 @@ from service.scoring import Found, How, Scorer
 
 MOST_VALUES = 2**28  # of all images together, decoded
 AT_ONCE = 2  # blocks that are with the workers: while one is scored, the next is on its way
-Indices: TypeAlias = NDArray[np.intp]
-
 LONGEST_PAUSE = 30.0  # seconds between two attempts to queue a block
+
+Indices: TypeAlias = NDArray[np.intp]
 
 
 class Asked(Protocol):

@@ -93,7 +93,7 @@ def test_from_so_many_images_on_a_rate_is_as_near_to_alpha_as_it_says() -> None:
 
 
 def test_the_page_for_the_inspector_says_what_the_beta_law_says() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "09-anomalies.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "11-anomalies.md").read_text(encoding="utf-8")
     written = re.search(r"<!-- sizes: begin .*-->\n(.*?)\n<!-- sizes: end -->", page, re.DOTALL)
     assert written is not None
     assert written[1] == sizes.table()

@@ -14,7 +14,6 @@ from anomaly import conformal
 from models import _checkpoint
 from training import anomaly_page, scored
 from training.data import Dataset
-from training.detect import CALIBRATION
 
 ZOO = Path(__file__).parents[1] / "zoo"
 FOLDERS = sorted(p.parent for p in ZOO.glob("*/model.json"))
@@ -24,9 +23,9 @@ UNLIKELY = 0.0005  # on each side: some of many checkpoints would leave an inter
 
 def shipped(folder: Path) -> calibrations.Calibration:
     about = _checkpoint.read_about(folder)
-    if CALIBRATION not in about["files"]:
+    if calibrations.FILE not in about["files"]:
         pytest.skip("not calibrated")
-    return calibrations.unpack(_checkpoint.read_file(folder, CALIBRATION))
+    return calibrations.unpack(_checkpoint.read_file(folder, calibrations.FILE))
 
 
 def as_the_law_says(rate: float, m: int, n: int, k: int) -> bool:
@@ -77,7 +76,7 @@ def table() -> list[Any]:
 def test_the_table_is_of_the_calibrations_that_ship_and_its_false_alarms_keep_to_the_law(
     name: str, measured: dict[str, Any]
 ) -> None:
-    path = ZOO / name / CALIBRATION
+    path = ZOO / name / calibrations.FILE
     assert path.is_file(), "measured once, and gone: run the evaluation again, or take it out of the table"
     assert calibrations.unpack(path.read_bytes()).sha256 == measured["calibration_sha256"]
     n = measured["calibration_n"]

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from anomaly import ensembles, heatmaps
-from anomaly.calibration import Calibration, CalibrationError, calibrate, describe
-from anomaly.ensembles import CALIBRATION as FILE
+from anomaly.calibration import FILE, Calibration, CalibrationError, calibrate, describe
 from anomaly.ensembles import Ensemble, Member
 from anomaly.heatmaps import Maps
 from models import _checkpoint

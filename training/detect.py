@@ -27,7 +27,7 @@ from rich.console import Console
 
 from anomaly import calibration as calibrations
 from anomaly import conformal, ensembles
-from anomaly.calibration import Calibration, CalibrationError
+from anomaly.calibration import FILE, Calibration, CalibrationError
 from anomaly.ensembles import Ensemble
 from models import _checkpoint
 from models._checkpoint import CheckpointError
@@ -40,7 +40,6 @@ from training.detection import Floats, false_alarms, fisher, pixels, rounded, se
 from training.errors import DataError
 from training.progress import Bars
 
-CALIBRATION = "calibration.safetensors"
 NORMAL = "test"
 CALIBRATED, ONE_SIDED, TWO_SIDED, COMPRESSED = "calibrated", "NLL, one-sided", "NLL, two-sided", "compressed size"
 TYPICALITY = "NLL, typicality"
@@ -131,7 +130,7 @@ def _ensemble(folder: Path) -> Ensemble | None:
 def _unusable(folder: Path, abouts: Sequence[Mapping[str, Any]]) -> str | None:
     if any(about["spec"]["likelihood"] is None for about in abouts):
         return f"a {abouts[0]['family']} without a density scores no images"
-    calibrated = len(abouts) > 1 or CALIBRATION in abouts[0]["files"]
+    calibrated = len(abouts) > 1 or FILE in abouts[0]["files"]
     return None if calibrated else "not calibrated"
 
 
@@ -176,14 +175,14 @@ def _scorer(folder: Path, subject: Subject, settings: Settings, bars: Bars) -> S
 
 def _calibration(folder: Path, ensemble: Ensemble | None, versions: Mapping[str, str]) -> Calibration:
     if ensemble is None:
-        packed = _checkpoint.read_file(folder, CALIBRATION)
+        packed = _checkpoint.read_file(folder, FILE)
         found = calibrations.unpack(packed)
         if found.about.get("weights_sha256") != next(iter(versions.values())):
-            raise CalibrationError(f"{folder.name}: {CALIBRATION} was made for other weights; calibrate again")
+            raise CalibrationError(f"{folder.name}: {FILE} was made for other weights; calibrate again")
         return found
-    packed = (folder / CALIBRATION).read_bytes()
+    packed = (folder / FILE).read_bytes()
     if hashlib.sha256(packed).hexdigest() != ensemble.calibration_sha256:
-        raise CalibrationError(f"{folder.name}: {CALIBRATION}: its sha256 is not the one in {ensembles.ABOUT}")
+        raise CalibrationError(f"{folder.name}: {FILE}: its sha256 is not the one in {ensembles.ABOUT}")
     return calibrations.unpack(packed)
 
 

@@ -14,8 +14,9 @@ Each has as many processes as there are cores, of one thread each; all compute i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks._frame import Bench, Results, alone
 from benchmarks._load import Job, Phase
@@ -113,7 +114,7 @@ def page(results: Results) -> dict[str, str]:
     servers = [name for name, _ in results.cases("server", "load")]
     servers = list(dict.fromkeys(servers))
     settings = {m["server"]: m["setting"] for m in results.measurements if m["metric"] == "tuned"}  # the last is best
-    rows = [
+    rows: list[Sequence[str]] = [
         (
             _title(name),
             settings.get(name, ""),
@@ -123,7 +124,7 @@ def page(results: Results) -> dict[str, str]:
         )
         for name in servers
     ]
-    header = ("server", "tuned to", "capacity, requests/s ↑", "GAN, images/s ↑", "GAN, p50 alone, ms ↓")
+    header: Sequence[str] = ("server", "tuned to", "capacity, requests/s ↑", "GAN, images/s ↑", "GAN, p50 alone, ms ↓")
     parts = [table(header, rows)]
     for load in LOADS:
         rows = [(_title(name), *_latencies(results, name, load)) for name in servers]
@@ -136,7 +137,7 @@ def page(results: Results) -> dict[str, str]:
 
 
 def _latencies(results: Results, server: str, load: float) -> list[str]:
-    case = {"server": server, "load": load}
+    case: dict[str, Any] = {"server": server, "load": load}
     short = [results.text(f"p{q}", 1000, **case, job=SHORT) for q in (50, 95, 99)]
     long = [results.text(f"p{q}", **case, job=LONG) for q in (50, 95, 99)]
     return [*short, *long, *(results.text(name, **case) for name in ("goodput", "failed", "utilisation"))]

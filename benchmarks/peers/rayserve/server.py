@@ -53,7 +53,8 @@ def main() -> None:
         signal.signal(number, lambda *_: ended.set())
     ray.init(num_cpus=WORKERS + 1, include_dashboard=False, object_store_memory=10**8, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["PEER_PORT"])})
-    serve.run(Drawing.bind(), route_prefix="/generate")
+    deployment: Any = Drawing  # the decorator has made one of it
+    serve.run(deployment.bind(), route_prefix="/generate")
     ended.wait()
     serve.shutdown()
     ray.shutdown()

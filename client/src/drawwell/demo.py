@@ -20,6 +20,7 @@ from drawwell.events import Completed, Progress
 from drawwell.schemas import Images, Model, Score
 
 try:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
@@ -84,7 +85,7 @@ def draw(well: Client, console: Console, models: Sequence[Model], out: Path, n: 
     out.mkdir(parents=True, exist_ok=True)
     drawn = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    table = Table(Column("model", overflow="fold"), "steps", "seconds", "images/s", Column("saved as", overflow="fold"))
+    table = Table(Column("model", no_wrap=True), "steps", "seconds", "images/s")
     with Bar(*columns, console=console, transient=True) as bar:
         for model in models:
             task = bar.add_task(f"{model.id} draws {n} images", total=None)
@@ -98,11 +99,10 @@ def draw(well: Client, console: Console, models: Sequence[Model], out: Path, n: 
             seconds = time.perf_counter() - started
             bar.remove_task(task)
             images = drawn[model.id]
-            path = out / f"{model.id}.png"
-            images.grid(scale=max(1, 96 // max(images.size))).save(path)
+            images.grid(scale=max(1, 96 // max(images.size))).save(out / f"{model.id}.png")
             steps_taken = _plural(images.steps, model.steps.unit if model.steps else "step")
-            table.add_row(model.id, steps_taken, f"{seconds:.2f}", f"{n / seconds:.1f}", str(path))
-    console.print(f"\n{n} images by each model, seed {seed}")
+            table.add_row(model.id, steps_taken, f"{seconds:.2f}", f"{n / seconds:.1f}")
+    console.print(f"\n{n} images by each model, seed {seed}; sheets in {out}, <model>.png")
     console.print(table)
     return drawn
 
@@ -127,7 +127,7 @@ def score(well: Client, console: Console, models: Sequence[Model], drawn: dict[s
     folder = out / "scored"
     folder.mkdir(exist_ok=True)
     warnings: dict[str, list[str]] = {}
-    table = Table(Column("model", overflow="fold"), "kind", *CANDIDATES)
+    table = Table(Column("model", no_wrap=True), "kind", *CANDIDATES, box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=len(scorers))
@@ -142,7 +142,10 @@ def score(well: Client, console: Console, models: Sequence[Model], drawn: dict[s
                 warnings.setdefault(same, []).append(scorer.id)
             table.add_row(scorer.id, str(scores.kind), *map(_told, scores))
             bar.advance(task)
-    console.print(f"\nbits/dim (lower: likelier) and the verdict of calibrated models; pictures in {folder}")
+    console.print(
+        "\nbits/dim (lower: likelier); of calibrated models also whether they call it an anomaly (✗) or not (✓)"
+    )
+    console.print(f"pictures in {folder}")
     console.print(table)
     for warning, of in warnings.items():
         console.print(f"note, of {', '.join(of)}: {warning}", markup=False)
@@ -157,13 +160,13 @@ def _candidates(own: Images) -> list[Image.Image]:
 
 
 def _told(result: Score) -> str:
-    verdict = "" if result.anomaly is None else (", anomaly" if result.anomaly.is_anomaly else ", normal")
+    verdict = "" if result.anomaly is None else (" ✗" if result.anomaly.is_anomaly else " ✓")
     return _number(result) + verdict
 
 
 def _number(result: Score) -> str:
     if result.bits_per_dim is not None:
-        return f"{result.bits_per_dim:.3f}"
+        return f"{result.bits_per_dim:.2f}"
     return "–" if result.energy is None else f"energy {result.energy:.1f}"
 
 
