@@ -180,10 +180,12 @@ def quality(folder: Path, way: str, samples: int, data_dir: Path | None) -> dict
     asked = draws(model.spec, samples, 1, data.splits["test"].captions)
     drawn = sample(model, asked, QUALITY_BATCH)
     labels = np.array([draw.label for draw in asked])
-    real, *others = (space.describe(data.splits["train"].x[i])[0] for i in matched(data.splits["train"], labels, 4))
+    real, *others = (
+        space.describe(data.splits["train"].x[i]).features for i in matched(data.splits["train"], labels, 4)
+    )
     floor = [frechet_distance(real, other) for other in others]
     return {
-        "fd_local": frechet_distance(real, space.describe(drawn)[0]),
+        "fd_local": frechet_distance(real, space.describe(drawn).features),
         "fd_local_real": float(np.mean(floor)),
         "fd_local_real_spread": float(np.ptp(floor)),
     }

@@ -170,8 +170,12 @@ def test_label_agreement_of_real_images_is_the_networks_accuracy(
     digits: Dataset, digit_space: tuple[FeatureSpace, Path]
 ) -> None:
     space, test = digit_space[0], digits.splits["test"]
-    features, predicted = space.describe(test.x)
+    features, predicted, confidence = space.describe(test.x)
     assert features.shape == (len(test), 16)
+    assert ((confidence > 0.1 - 1e-6) & (confidence <= 1)).all()  # the largest of ten
+    assert confidence.mean() > 0.8
+    nothing = space.describe(np.random.default_rng(0).integers(0, 256, test.x.shape, dtype=np.uint8))
+    assert nothing.confidence.mean() < confidence.mean()
     assert space.task == "labels"
     assert float((predicted.numpy() == test.labels).mean()) == pytest.approx(space.accuracy)
     assert space.accuracy > 0.9
@@ -190,7 +194,7 @@ def test_the_feature_network_is_cached_and_much_the_same_when_trained_again(
     assert len(steps) >= 400
     # Not bit for bit: sums on a CPU follow how memory happens to be aligned, and 400 steps amplify it.
     assert again.accuracy == pytest.approx(space.accuracy, abs=0.03)
-    agree = again.describe(digits.splits["test"].x)[1] == space.describe(digits.splits["test"].x)[1]
+    agree = again.describe(digits.splits["test"].x).predicted == space.describe(digits.splits["test"].x).predicted
     assert agree.double().mean() > 0.95
 
 
@@ -202,7 +206,7 @@ def test_without_labels_the_network_learns_rotations(digits: Dataset, tmp_path: 
     space = feature_space(data, SMALL, tmp_path)
     assert space.task == "rotations"
     assert space.accuracy > 0.5  # a quarter by chance
-    assert space.describe(bare["test"].x)[0].shape == (len(bare["test"]), 16)
+    assert space.describe(bare["test"].x).features.shape == (len(bare["test"]), 16)
 
 
 @pytest.mark.slow
@@ -315,6 +319,7 @@ def test_evaluation_writes_metrics_pictures_and_a_card(measured: tuple[Path, dic
         "density",
         "coverage",
         "label_agreement",
+        "label_confidence",
         "reconstruction_fd_local",
         "memorised",
         "images_per_second_batch_1",

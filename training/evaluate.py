@@ -195,11 +195,12 @@ def _quality(
     samples: NDArray[np.uint8], asked: Sequence[Draw], data: Dataset, space: FeatureSpace
 ) -> dict[str, Metric]:
     """FD-local, density and coverage against as many training images of the same classes, and beside it the mean (and
-    the spread) of what other such sets of training images reach."""
+    the spread) of what other such sets of training images reach; how many samples are taken for what was asked, and how
+    surely they are taken for something."""
     n, train = len(samples), data.splits["train"]
     labels = np.array([draw.label for draw in asked])
-    fake, predicted = space.describe(samples)
-    real, *others = (space.describe(train.x[index])[0] for index in matched(train, labels, 1 + FLOORS))
+    fake, predicted, confidence = space.describe(samples)
+    real, *others = (space.describe(train.x[index]).features for index in matched(train, labels, 1 + FLOORS))
     found, floors = _compare(real, fake), [_compare(real, other) for other in others]
     how: Metric = {"network_sha256": space.sha256[:16], "network_accuracy": round(space.accuracy, 4)}
     metrics: dict[str, Metric] = {}
@@ -224,6 +225,14 @@ def _quality(
         agrees = (predicted.numpy() == labels).astype(np.float64)
         metrics["label_agreement"] = _mean(
             agrees, "share", "higher", "samples of each class in turn", real=round(space.accuracy, 4), **how
+        )
+        metrics["label_confidence"] = _mean(
+            confidence.double().numpy(),
+            "probability",
+            "higher",
+            "samples of each class in turn, of whichever class",
+            real=_significant(space.describe(data.splits["test"].x).confidence.double().mean().item()),
+            **how,
         )
     return metrics
 
@@ -254,7 +263,7 @@ def _reconstruction(
     train = data.splits["train"]
     real, others = (train.take(index) for index in matched(train, np.array([draw.label for draw in asked]), 2))
     reference, decoded, plain = (
-        space.describe(x)[0] for x in (real.x, reconstructions(model, others, batch), others.x)
+        space.describe(x).features for x in (real.x, reconstructions(model, others, batch), others.x)
     )
     return {
         "reconstruction_fd_local": metric(

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,14 @@ class FeatureNetwork(nn.Module):
         return out
 
 
+class Described(NamedTuple):
+    """What a feature network sees in N images."""
+
+    features: Tensor  # (N, F) float32
+    predicted: Tensor  # (N,) int64, the class
+    confidence: Tensor  # (N,) float32, the probability that the network gives to that class
+
+
 @dataclass(frozen=True)
 class FeatureSpace:
     """A trained feature network and what is known of it."""
@@ -81,16 +89,17 @@ class FeatureSpace:
     accuracy: float  # of its task on the test split
     sha256: str  # of its weights: numbers are comparable where this is equal
 
-    def describe(self, x: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
-        """8-bit images (N, C, H, W) -> features (N, F) float32 and the predicted class (N,) int64."""
-        features, predictions = [], []
+    def describe(self, x: NDArray[np.uint8]) -> Described:
+        """What the network sees in 8-bit images (N, C, H, W)."""
+        features, logits = [], []
         device = next(self.network.parameters()).device
         with torch.inference_mode():
             for start in range(0, len(x), BATCH):
                 f = self.network.features(_scaled(x[start : start + BATCH], device))
                 features.append(f.cpu())
-                predictions.append(self.network.head(F.relu(f)).argmax(dim=1).cpu())
-        return torch.cat(features), torch.cat(predictions)
+                logits.append(self.network.head(F.relu(f)).cpu())
+        confidence, predicted = torch.cat(logits).softmax(dim=1).max(dim=1)
+        return Described(torch.cat(features), predicted, confidence)
 
 
 def feature_space(
