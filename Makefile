@@ -8,6 +8,7 @@ VENV ?= .venv
 MODELS ?= zoo
 PORT ?= 8000
 MINUTES ?= 20
+JOBS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -34,8 +35,10 @@ serve: $(INSTALLED) ## serve the models of zoo/ (MODELS=…, PORT=…)
 train: $(INSTALLED) ## train by a recipe: RECIPE=…; without one, list them
 	$(BIN)/python -m training $(if $(RECIPE),run $(RECIPE) $(ARGS),list)
 
-test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+# Tests that start several processes are one group, so that never two of them crowd the machine at once, and whoever
+# computes does so with one thread.
+test: $(INSTALLED) ## run the tests, JOBS=… at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup $(ARGS)
 
 test-docker: ## build the images, and try the stack of docker-compose.yml with them (needs Docker)
 	docker/test.sh

@@ -17,7 +17,7 @@ from service.calibrations import Calibrations
 from service.catalog import Catalog
 from service.drift import Drifts
 from service.ensembles import Ensembles
-from service.middleware import BodyLimit, RequestContext
+from service.middleware import BodyLimit, Heads, RequestContext
 from service.routes import calibrations as calibration_routes
 from service.routes import health, images, jobs, models, scores
 from service.routes._services import Services, limits
@@ -67,7 +67,8 @@ def create_app(settings: Settings, broker: Broker, catalog: Catalog) -> FastAPI:
         limit=settings.max_body_bytes,
         larger={r"/models/[^/]+/calibration": settings.max_calibration_bytes},
     )
-    app.add_middleware(RequestContext, metrics=services.metrics)  # the last added is the outermost
+    app.add_middleware(RequestContext, metrics=services.metrics)
+    app.add_middleware(Heads)  # the last added is the outermost
     return app
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from service.errors import Fault, Invalid, NotAcceptable, WrongMediaType, invalid
+from service.errors import Fault, Invalid, Malformed, NotAcceptable, WrongMediaType, invalid
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -26,10 +28,30 @@ def media_type(request: Request) -> str:
 async def read_json(request: Request, schema: type[Schema]) -> Schema:
     """The body as `schema`. Raises `WrongMediaType`, `Malformed` or `Invalid`."""
     require_media_type(request, JSON)
+    content = await request.body()
     try:
-        return schema.model_validate_json(await request.body())
+        body = schema.model_validate_json(content)
     except ValidationError as e:
         raise invalid(e, list(schema.model_fields)) from e
+    _refuse_repeated(content)
+    return body
+
+
+def _refuse_repeated(content: bytes) -> None:
+    """Raises `Invalid` for a field that stands twice in a JSON text that is otherwise right: parsers take the last and
+    say nothing, and whoever wrote the first does not learn that it was ignored."""
+    faults: list[Fault] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for name, value in pairs:
+            if name in seen:
+                faults.append(Fault(("body", name), "given twice", value))
+            seen.add(name)
+
+    json.loads(content, object_pairs_hook=look, parse_int=str)
+    if faults:
+        raise Invalid(*faults)
 
 
 async def read_form(
@@ -40,17 +62,22 @@ async def read_form(
     require_media_type(request, MULTIPART)
     texts: dict[str, str] = {}
     contents: list[bytes] = []
-    async with request.form(max_files=most) as form:
-        for name, value in form.multi_items():
-            if name == files and isinstance(value, UploadFile):
-                contents.append(await value.read())
-            elif name == files or isinstance(value, UploadFile):
-                wanted = "files" if name == files else "text"
-                raise Invalid(Fault(("body", name), f"takes {wanted} in a form"))
-            elif name in texts:
-                raise Invalid(Fault(("body", name), "given twice", value))
-            else:
-                texts[name] = value
+    try:
+        async with request.form(max_files=most) as form:
+            for name, value in form.multi_items():
+                if name == files and isinstance(value, UploadFile):
+                    contents.append(await value.read())
+                elif name == files or isinstance(value, UploadFile):
+                    wanted = "files" if name == files else "text"
+                    raise Invalid(Fault(("body", name), f"takes {wanted} in a form"))
+                elif name in texts:
+                    raise Invalid(Fault(("body", name), "given twice", value))
+                else:
+                    texts[name] = value
+    except HTTPException as e:  # how the framework tells that its parser gave up
+        if e.detail.startswith("Too many files"):
+            raise Invalid(Fault(("body", files), f"more than {most} files")) from e
+        raise Malformed(f"multipart: {e.detail}") from e
     try:
         return schema.model_validate_strings(texts, strict=False), contents
     except ValidationError as e:
@@ -61,6 +88,10 @@ def require_media_type(request: Request, *known: str) -> None:
     found = media_type(request)
     if found not in known:
         raise WrongMediaType(f"the body is {found or 'of no stated media type'}; {' or '.join(known)} is read here")
+    coding = request.headers.get("content-encoding", "")
+    if coding.strip().lower() not in ("", "identity"):
+        told = f"Content-Encoding: {coding[:200]}; bodies are read as they are, without one"
+        raise WrongMediaType(told, headers={"Accept-Encoding": "identity"})
 
 
 def preferred(accept: str | None, offers: Sequence[str]) -> str:

@@ -144,6 +144,10 @@ class NoWorker(Exception):
 class KeyTaken(Exception):
     """The idempotency key stands for a job that was asked for with another body."""
 
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{key!r} was used for another request")
+        self.key = key
+
 
 class BrokerAway(Exception):
     """The broker cannot be reached."""

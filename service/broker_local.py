@@ -110,7 +110,7 @@ class LocalBroker(Broker):
     async def submit(self, job: Job) -> str:
         if job.key is not None and (known := self._keys.get(job.key)) is not None:
             if self._records[known].job.digest != job.digest:
-                raise KeyTaken(f"{job.key!r} was used for another request")
+                raise KeyTaken(job.key)
             return known
         if not self._anyone():
             raise NoWorker("no worker is ready")

@@ -127,7 +127,7 @@ class RedisBroker(Broker):
         if kind == b"known":
             return str(answer[1], "ascii")
         if kind == b"taken":
-            raise KeyTaken(f"{job.key!r} was used for another request")
+            raise KeyTaken(job.key or "")
         if kind == b"full":
             queued = answer[1]
             wait = retry_after(queued + job.units - self._limit, queued, self._pool, self._waiting)

@@ -37,6 +37,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service.broker import BrokerAway, JobLost, KeyTaken, NoWorker, QueueFull
 from service.forecast import Forecast
@@ -44,7 +45,9 @@ from service.messages import Failed
 
 MEDIA_TYPE = "application/problem+json"
 _SHOWN_CHARACTERS = 200
-_SHOWN_FAULTS = 3
+_SHOWN_FAULTS = 3  # in `detail`
+_MOST_FAULTS = 100  # in `errors`: a body of megabytes can have a million
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +144,7 @@ class Invalid(Problem):
     def __init__(self, *faults: Fault) -> None:
         told = "; ".join(str(fault) for fault in faults[:_SHOWN_FAULTS])
         more = len(faults) - _SHOWN_FAULTS
-        super().__init__(f"{told}; and {more} more" if more > 0 else told, faults=faults)
+        super().__init__(f"{told}; and {more:,} more" if more > 0 else told, faults=faults[:_MOST_FAULTS])
 
 
 class NoDensity(Invalid):
@@ -224,7 +227,7 @@ def problem_of(error: Exception) -> Problem:
         case BrokerAway():
             return Unavailable(f"the queue cannot be reached: {error}")
         case KeyTaken():
-            return Invalid(Fault(("header", "Idempotency-Key"), str(error)))
+            return Invalid(Fault(("header", "Idempotency-Key"), str(error), error.key))
         case NoWorker():
             return Unavailable("no worker is connected that could do this")
         case JobLost():
@@ -252,6 +255,8 @@ def failure(failed: Failed) -> Problem:
 
 def invalid(error: ValidationError, fields: Sequence[str]) -> Problem:
     """What a client is told of a body that pydantic refused. fields: names that the body takes."""
+    if (count := error.error_count()) > _MOST_FAULTS:  # even to list them would take seconds
+        return Invalid(Fault(("body",), f"{count:,} faults, too many to name each; the fields are {', '.join(fields)}"))
     details = error.errors(include_url=False, include_context=False)
     if details[0]["type"] == "json_invalid":
         return Malformed(details[0]["msg"])
@@ -305,7 +310,17 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if detail == status.phrase:  # the framework's own: say it of this request
         detail = f"{request.method} {request.url.path}: {status.phrase.lower()}"
     body = {"type": "about:blank", "title": status.phrase, "status": int(status), "detail": detail}
-    return _response(body, status, error.headers or {})
+    headers = dict(error.headers or {})
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = _allowed(request)
+    return _response(body, status, headers)
+
+
+def _allowed(request: Request) -> str:
+    """What a path can be asked (RFC 9110, 10.2.1): the framework names the methods of its first route alone."""
+    routes = request.app.router.routes
+    found = [m for m in _METHODS if any(r.matches({**request.scope, "method": m})[0] is Match.FULL for r in routes)]
+    return ", ".join([*found, "HEAD"] if "GET" in found and "HEAD" not in found else found)
 
 
 def _fault(detail: Mapping[str, Any], prefix: tuple[str | int, ...], fields: Sequence[str]) -> Fault:
@@ -315,8 +330,8 @@ def _fault(detail: Mapping[str, Any], prefix: tuple[str | int, ...], fields: Seq
         return Fault(loc, "missing")
     if detail["type"] == "extra_forbidden":
         return Fault(loc, f"unknown field; there are {', '.join(fields)}", value)
-    if msg.startswith("Input should"):
-        msg = f"i{msg[1:]}, not {json.dumps(shown(value), ensure_ascii=False)}"
+    if msg.startswith(("Input should", "String should")):
+        msg = f"{msg[0].lower()}{msg[1:]}, not {json.dumps(shown(value), ensure_ascii=False)}"
     return Fault(loc, msg, value)
 
 

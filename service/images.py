@@ -62,6 +62,10 @@ class ImageRefused(ValueError):
     """An image that is not taken; the message says what it is and what would be."""
 
 
+class OtherShape(ImageRefused):
+    """An image of another size or channel count than is taken. Resized, it would be."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     pixels: Pixels  # (C, H, W), of the shape that was asked for
@@ -256,7 +260,7 @@ def _fit(image: Image.Image, shape: ImageShape, resize: bool, *, says_channels: 
     size = (shape.width, shape.height)
     resized = image.mode != wanted or image.size != size
     if resized and not resize:
-        raise ImageRefused(_other(*image.size, len(image.getbands()), shape))
+        raise OtherShape(_other(*image.size, len(image.getbands()), shape))
     if image.mode != wanted:
         image = image.convert(wanted)
     if image.size != size:
@@ -276,7 +280,7 @@ def _check_size(width: int, height: int, shape: ImageShape, resize: bool, max_si
     if width > max_side or height > max_side:
         raise ImageRefused(f"an image of {width}×{height}; {max_side}×{max_side} is the largest that is decoded")
     if not resize and (width, height) != (shape.width, shape.height):
-        raise ImageRefused(_other(width, height, None, shape))
+        raise OtherShape(_other(width, height, None, shape))
 
 
 def _other(width: int, height: int, channels: int | None, shape: ImageShape) -> str:
@@ -284,4 +288,4 @@ def _other(width: int, height: int, channels: int | None, shape: ImageShape) -> 
         return f"{width}×{height}" + (f" with {channels} channel{'s' * (channels != 1)}" if channels else "")
 
     wanted = told(shape.width, shape.height, shape.channels)
-    return f'an image of {told(width, height, channels)}; the model takes {wanted} ("resize": true brings it there)'
+    return f"an image of {told(width, height, channels)}; the model takes {wanted}"

@@ -85,13 +85,15 @@ async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tu
 
 
 async def attend(
-    broker: Broker, job: Job, after: int = 0, watch: JobWatch | None = None
+    broker: Broker, job: Job, after: int = 0, watch: JobWatch | None = None, waits: bool = True
 ) -> AsyncGenerator[tuple[Told, int]]:
-    """What a job tells, from event number after + 1 on, to its end. Raises a `Problem` for a job that failed."""
-    once, waiting = Once(), True
+    """What a job tells, from event number after + 1 on, to its end. waits: begin with its place in the queue, which who
+    goes on reading has left behind. Raises a `Problem` for a job that failed."""
+    once, waiting = Once(), waits
     try:
         place = await queued(broker, job)
-        yield place, 0
+        if waits:
+            yield place, 0
         async with aclosing(pausing(broker.events(job.id), _POSITION_SECONDS)) as events:
             async for event in events:
                 if event is None:

@@ -74,6 +74,31 @@ class RequestContext:
                 tracing.answered(span, scope["method"], route, status)
 
 
+class Heads:
+    """Answers HEAD as GET is answered, without the body (RFC 9110, 9.3.2): health checks ask so."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        ended = False
+
+        async def send_head(message: Message) -> None:
+            nonlocal ended
+            if message["type"] != "http.response.body":
+                await send(message)
+                return
+            if ended:
+                raise ClientDisconnect  # a stream need not go on
+            ended = True
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await self.app({**scope, "method": "GET"}, receive, send_head)
+
+
 class BodyLimit:
     """Refuses a body longer than `limit` bytes: at once where Content-Length says so, else at the byte too many.
 

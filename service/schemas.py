@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 from pydantic_core import PydanticCustomError
 
 Format: TypeAlias = Literal["png", "jpeg", "webp", "npy"]
@@ -19,19 +19,19 @@ MOST_MEMBERS = 8  # of an ensemble
 def _label(value: Any) -> Any:
     if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):
         return value
-    raise PydanticCustomError("label", "a label is a name or an index")
+    raise PydanticCustomError("label", "Input should be a label's name or its index")
 
 
 def _models(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(isinstance(model, str) for model in value):
-        raise PydanticCustomError("model", "a model's id, or a list of them, which is an ensemble")
+        raise PydanticCustomError("model", "Input should be a model's id, or a list of them, which is an ensemble")
     if not 2 <= len(value) <= MOST_MEMBERS:
         raise PydanticCustomError(
             "ensemble",
-            "an ensemble has {least} to {most} models; one by itself is given as its id, not as a list",
-            {"least": 2, "most": MOST_MEMBERS},
+            "an ensemble has {least} to {most} models, not {count}; one by itself is given as its id, not as a list",
+            {"least": 2, "most": MOST_MEMBERS, "count": len(value)},
         )
     if len(set(value)) < len(value):
         raise PydanticCustomError("ensemble", "a model is named twice; each judges once")
@@ -39,6 +39,7 @@ def _models(value: Any) -> Any:
 
 
 Label: TypeAlias = Annotated[int | str, Field(description="a class, by name or by index")]
+Files: TypeAlias = Annotated[list[str], FailFast()]  # a list of a million mistakes is refused at its first
 ModelId: TypeAlias = Annotated[str, Field(description="a model's id, as in `GET /models`")]
 
 
@@ -116,7 +117,7 @@ class ScoreRequest(ScoreOptions):
         json_schema_extra={"examples": [{"model": "fashion-mnist-pixelcnn", "images": ["iVBORw0KGgo…"], "alpha": 0.01}]}
     )
 
-    images: list[str] = Field(
+    images: Files = Field(
         description="base64 of PNG, JPEG, WebP or npy (uint8, (height, width) or (height, width, channels))"
     )
 
@@ -134,7 +135,7 @@ class CalibrationRequest(CalibrationOptions):
         json_schema_extra={"examples": [{"images": ["iVBORw0KGgo…"], "description": "line 3, new lamp"}]}
     )
 
-    images: list[str] = Field(description="base64 of PNG, JPEG, WebP or npy, all normal, of the model's size")
+    images: Files = Field(description="base64 of PNG, JPEG, WebP or npy, all normal, of the model's size")
 
 
 class ChooseCalibration(Request):

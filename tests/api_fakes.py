@@ -234,7 +234,9 @@ class Api:
 class Call:
     """One request, message by message."""
 
-    def __init__(self, app: FastAPI, path: str, body: Any, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, app: FastAPI, path: str, body: Any, headers: dict[str, str] | None = None, method: str = "POST"
+    ) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"content-type": "application/json", **(headers or {})}
         self._incoming: asyncio.Queue[Any] = asyncio.Queue()
@@ -245,7 +247,7 @@ class Call:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "scheme": "http",
             "path": path,
             "raw_path": path.encode(),
@@ -278,6 +280,19 @@ class Call:
         while text not in self.text:
             self._news.clear()
             await asyncio.wait_for(self._news.wait(), 30)
+
+
+def problem_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The body of a problem, checked for its form."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["x-request-id"]
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem.keys() - {"errors"} == {"type", "title", "status", "detail"}
+    for error in problem.get("errors", []):
+        assert error.keys() == {"loc", "msg", "input"}
+    return problem
 
 
 def events_of(text: str) -> list[tuple[str, Any]]:

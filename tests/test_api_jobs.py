@@ -135,7 +135,31 @@ async def test_its_events_go_on_where_a_reader_left(kind: Kind, tmp_path: Path) 
         rest = events_of(
             (await made.there.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": str(numbers[1])})).text
         )
-        assert rest[1:] == whole[3:]
+        assert rest == whole[3:], "where it stood in the queue is behind it"
+
+
+async def test_who_has_seen_the_last_event_is_not_kept_coming_back(kind: Kind, tmp_path: Path) -> None:
+    """An EventSource asks again, with the last id that it saw, until it is answered 204."""
+    async with pool(kind, tmp_path) as made:
+        job_id = (await made.here.post("/generate", json=BODY, headers=ASYNC)).json()["id"]
+        made.go.set()
+        last = events_of((await made.here.get(f"/jobs/{job_id}/events")).text)[-1]
+        assert last[0] == "completed"
+        for seen in (last[1], "999999999"):
+            again = await made.there.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": seen})
+            assert (again.status_code, again.content) == (204, b"")
+        before = await made.there.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": str(int(last[1]) - 1)})
+        assert events_of(before.text) == [last]
+
+
+async def test_the_end_of_a_job_that_failed_is_told_to_whoever_comes_back(kind: Kind, tmp_path: Path) -> None:
+    async with pool(kind, tmp_path) as made:
+        made.answer = lambda job: [Event(pack(Failed("row", "FloatingPointError: no")), final=True)]
+        made.go.set()
+        job_id = (await made.here.post("/generate", json=BODY, headers=ASYNC)).json()["id"]
+        await made.until(job_id, "failed")
+        again = await made.there.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": "999999999"})
+        assert [name for name, _, _ in events_of(again.text)] == ["error"]
 
 
 async def test_a_cancelled_job_says_so(kind: Kind, tmp_path: Path) -> None:
@@ -175,7 +199,8 @@ async def test_a_key_means_one_job(kind: Kind, tmp_path: Path) -> None:
         assert len(made.taken) == 1
         other = await made.here.post("/generate", json={**body, "n": 2}, headers=key)
         assert other.status_code == 422
-        assert other.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
+        (error,) = other.json()["errors"]
+        assert (error["loc"], error["input"]) == (["header", "Idempotency-Key"], "order-66")
 
 
 async def test_hanging_up_does_not_cancel_a_job_with_a_key(kind: Kind, tmp_path: Path) -> None:
@@ -200,6 +225,9 @@ async def test_bad_requests_name_what_is_wrong(kind: Kind, tmp_path: Path) -> No
             assert answer.json()["type"] == "urn:drawwell:problem:unknown-job"
         bad = await made.here.post("/generate", json=BODY, headers={"Idempotency-Key": "two words"})
         assert (bad.status_code, bad.json()["errors"][0]["input"]) == (422, "two words")
+        twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+        bad = await made.here.post("/generate", json=BODY, headers=twice)
+        assert (bad.status_code, bad.json()["errors"][0]["input"]) == (422, ["a", "b"])
         bad = await made.here.post("/generate", json=BODY, headers={"Drawwell-Tenant": "x" * 200})
         assert (bad.status_code, bad.json()["errors"][0]["loc"]) == (422, ["header", "Drawwell-Tenant"])
         job_id = (await made.here.post("/generate", json=BODY, headers=ASYNC)).json()["id"]

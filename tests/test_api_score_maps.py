@@ -255,8 +255,8 @@ async def test_an_ensemble_draws_one_map_of_those_of_its_members_that_draw_some(
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (["diffusion"], "an ensemble has 2 to 8 models; one by itself"),
-        ([], "an ensemble has 2 to 8 models"),
+        (["diffusion"], "an ensemble has 2 to 8 models, not 1; one by itself"),
+        ([], "an ensemble has 2 to 8 models, not 0"),
         (["diffusion"] * 2, "named twice"),
         (["diffusion", 3], "a model's id, or a list of them"),
         (7, "a model's id, or a list of them"),

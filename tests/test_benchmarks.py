@@ -414,6 +414,7 @@ def test_what_a_device_does_is_counted() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("servers")
 @pytest.mark.timeout(600)
 def test_some_run_at_their_smallest_size(tmp_path: Path) -> None:
     """With servers and without, of tiny models: each leaves numbers behind, and nothing else."""

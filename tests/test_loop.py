@@ -649,6 +649,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="two devices are
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two devices")
 @needs_fork
 def test_two_devices_take_the_steps_of_one_with_the_whole_batch(two_devices: Path, tmp_path: Path) -> None:
     """Without noise, the mean of the shares' gradients is the gradient of the batch: so are its moments."""
@@ -663,6 +664,7 @@ def test_two_devices_take_the_steps_of_one_with_the_whole_batch(two_devices: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two devices")
 @needs_fork
 def test_two_devices_have_noise_of_their_own_and_stay_in_step(two_devices: Path) -> None:
     first, second = devices(two_devices / "straight")
@@ -673,6 +675,7 @@ def test_two_devices_have_noise_of_their_own_and_stay_in_step(two_devices: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two devices")
 @needs_fork
 def test_two_killed_devices_resume_bit_for_bit(two_devices: Path) -> None:
     assert 0 < json.loads((two_devices / "killed-at.json").read_text())["step"] < 60

@@ -32,6 +32,7 @@ from models import _checkpoint
 from service.engine import Engine
 from service.messages import Generate, ImageDone, Message
 
+pytestmark = pytest.mark.xdist_group("servers")
 CLAIM = 3.0  # seconds without a sign of life after which a worker loses its jobs
 PIXELCNN = {"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}
 

@@ -26,6 +26,8 @@ from models import _checkpoint
 from service.engine import Engine
 from service.loader import weigh
 
+pytestmark = pytest.mark.xdist_group("servers")
+
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:

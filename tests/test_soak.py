@@ -187,6 +187,7 @@ def worker(server: Server, name: str) -> psutil.Process:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("servers")
 @pytest.mark.timeout(SECONDS + 280)
 def test_nothing_is_left_after_everything_that_can_happen(tmp_path: Path) -> None:
     zoo = tmp_path / "zoo"

@@ -33,18 +33,21 @@ async def scorer_of(model: str, services: Services, loc: tuple[str | int, ...] =
 
 
 async def decoded(
-    files: Sequence[str | bytes], shape: ImageShape, resize: bool, max_side: int
+    files: Sequence[str | bytes], shape: ImageShape, resize: bool | None, max_side: int
 ) -> tuple[Pixels, list[int]]:
-    """Files -> pixels (N, C, H, W), and which of them were resized. Raises `Invalid`, naming each that is refused."""
+    """Files -> pixels (N, C, H, W), and which of them were resized. resize: None where a request cannot ask for it.
+    Raises `Invalid`, naming each that is refused."""
 
     def work() -> tuple[list[Pixels], list[int], list[Fault]]:
         found, resized, faults = [], [], []
         for k, file in enumerate(files):
             try:
                 data = images.from_base64(file) if isinstance(file, str) else file
-                image = images.decode(data, shape, resize=resize, max_side=max_side)
+                image = images.decode(data, shape, resize=bool(resize), max_side=max_side)
             except images.ImageRefused as e:
-                faults.append(Fault(("body", "images", k), str(e), file if isinstance(file, str) else None))
+                way_out = resize is not None and isinstance(e, images.OtherShape)
+                told = f'{e} ("resize": true brings it there)' if way_out else str(e)
+                faults.append(Fault(("body", "images", k), told, file if isinstance(file, str) else None))
                 continue
             found.append(image.pixels)
             if image.resized:

@@ -23,6 +23,7 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 _TOKEN = re.compile(r"[\x21-\x7e]{1,128}")
+_LARGEST_STRIDE = 2**31 - 1  # what every worker can hold; more steps than any model takes
 
 
 @dataclass
@@ -65,7 +66,7 @@ def limits(settings: Settings) -> Accepts:
     return Accepts(
         {
             "n": {**positive, "maximum": settings.max_images},
-            "preview_every": positive,
+            "preview_every": {**positive, "maximum": _LARGEST_STRIDE},
             "timeout": {"type": "number", "exclusiveMinimum": 0, "maximum": settings.request_timeout},
         }
     )
@@ -90,7 +91,10 @@ def idempotency_key(request: Request) -> str | None:
 
 
 def _token(request: Request, header: str) -> str | None:
-    given = request.headers.get(header)
+    several = request.headers.getlist(header)
+    if len(several) > 1:
+        raise errors.Invalid(Fault(("header", header), "given more than once", several))
+    given = several[0] if several else None
     if given is not None and not _TOKEN.fullmatch(given):
         raise errors.Invalid(
             Fault(("header", header), "takes 1 to 128 printable ASCII characters without spaces", given)

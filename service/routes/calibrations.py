@@ -129,7 +129,7 @@ async def _calibrate(
     settings, store = services.settings, services.calibrations.store
     await _write(store.check_writable, scorer.id)
     shape = scorer.version.spec.image
-    pixels, _ = await decoded(files, shape, False, settings.max_image_side)
+    pixels, _ = await decoded(files, shape, None, settings.max_image_side)
     recalibration.check_distinct(pixels)
     deadline = asyncio.get_running_loop().time() + settings.calibration_timeout
     how = How("batch", tenant, settings.calibration_timeout, deadline)

@@ -13,7 +13,7 @@ from service.broker import JobLost, Status
 from service.drawing import Drawing
 from service.errors import Fault
 from service.jobs import attend, queued, so_far
-from service.messages import Completed, Failed, Progress
+from service.messages import Completed, Failed, Progress, unpack
 from service.routes._services import Served, Services, problems
 from service.schemas import JobProgress, JobResponse, ProblemDetails
 
@@ -32,20 +32,26 @@ async def get_job(job_id: str, services: Served) -> Response:
     response_class=Response,
     responses={
         200: {"description": "The job's events, as POST /generate streams them", "content": {sse.MEDIA_TYPE: {}}},
+        204: {"description": "The job has ended, and `Last-Event-ID` was its last event"},
         **problems(404, 422, 503),
     },
 )
 async def get_events(
     job_id: str, services: Served, last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None
 ) -> Response:
-    """The job's events from its first on, or from the one after `Last-Event-ID`. Hanging up does not cancel."""
+    """The job's events from its first on, or from the one after `Last-Event-ID`. Hanging up does not cancel.
+
+    Where the last one has been seen the answer is 204, on which an EventSource stops asking.
+    """
     status, drawing = await _known(job_id, services)
     after = 0
     if last_event_id:
         if not last_event_id.isdecimal() or len(last_event_id) > 9:
             raise errors.Invalid(Fault(("header", "Last-Event-ID"), "no event has this id", last_event_id))
         after = int(last_event_id)
-    events = drawing.events(attend(services.broker, status.job, after))
+    if after and status.state == "ended" and await _all_seen(status.job.id, after, services):
+        return Response(status_code=204)
+    events = drawing.events(attend(services.broker, status.job, after, waits=after == 0 or status.state == "queued"))
     deadline = asyncio.get_running_loop().time() + services.settings.request_timeout
     return sse.EventStream(b"", events, deadline, services.settings.keep_alive_seconds)
 
@@ -58,6 +64,17 @@ async def cancel_job(job_id: str, services: Served, request: Request) -> Respons
         services.metrics.cancelled("deleted")
     await services.broker.cancel(job_id)
     return Response(status_code=204)
+
+
+async def _all_seen(job_id: str, after: int, services: Services) -> bool:
+    """Whether a job that has ended told nothing after that event, and its end is no error, which has no number."""
+    last = None
+    try:
+        async for event in services.broker.events(job_id, wait=False):
+            last = event
+    except JobLost:
+        return False
+    return last is not None and last.number <= after and isinstance(unpack(last.payload), Completed)
 
 
 async def _known(job_id: str, services: Services) -> tuple[Status, Drawing]:

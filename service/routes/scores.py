@@ -104,6 +104,9 @@ def _check(
 ) -> list[Scorer]:
     """Check fields against models and limits; the scorers with the label as each of them counts it."""
     faults = [] if options.timeout is None else services.limits.faults({"timeout": options.timeout}, "this server")
+    if options.fdr is not None and options.confidence is not None and not options.heatmap:  # of a mask it still tells
+        told = "is a promise about alpha, and with fdr no alpha judges the images: give the one or the other"
+        faults.append(Fault(("body", "confidence"), told, options.confidence))
     labelled = []
     for scorer in scorers:
         label, spec = options.label, scorer.version.spec
