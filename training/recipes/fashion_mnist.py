@@ -247,8 +247,8 @@ def pixel_transformer() -> Run:
 def score_sde() -> Run:
     """Class-conditional score model of the variance-preserving SDE: 30 CPU minutes of one thread.
 
-    Reached a label agreement of 0.955 and FD-local 14 in 16 Heun steps with guidance 1.5, and 2.92 ± 0.07 bits/dim by the
-    probability-flow ODE on 128 test images.
+    Reached a label agreement of 0.955 and FD-local 14 in 16 Heun steps with guidance 1.5, and 2.92 ± 0.07 bits/dim by
+    the probability-flow ODE on 128 test images.
     """
     return Run(
         family="score_sde",
