@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -289,11 +290,16 @@ def test_a_model_without_labels_has_no_label_agreement(digits: Dataset, tmp_path
     old: dict[str, object] = {"value": 5.0, "unit": "bits/dim", "direction": "lower", "data": "kept", "n": 1}
     about = {"data": digits.description, "metrics": {"bits_per_dim": old, "label_agreement": old}}
     _checkpoint.save(tmp_path / "model", model, config, about)
-    few = Settings(samples=60, unseen=100, likelihood=False)
+    few = Settings(samples=60, unseen=100, only="quality")
     metrics = evaluate(tmp_path / "model", settings=few, features_dir=tmp_path / "features")
     assert "label_agreement" not in metrics
     assert metrics["bits_per_dim"] == old
     assert "bits_per_dim_gap" not in metrics
+    assert not any(name.startswith("images_per_second") for name in metrics)
+    assert evaluate(tmp_path / "model", settings=Settings(only="speed")) == {
+        **metrics,
+        **{f"images_per_second_batch_{n}": ANY for n in (1, 16)},
+    }
 
 
 @pytest.fixture(scope="module")

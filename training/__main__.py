@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             for path in compare(args.folders):
                 console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
         elif args.anomalies:
+            if args.only:
+                raise RunError("only: not with --anomalies")
             _detect(args, console)
         else:
             _evaluate(args, console)
@@ -77,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint; write its metrics, samples and card")
     evaluate.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     evaluate.add_argument("--data-dir", type=Path, help="as for run")
+    evaluate.add_argument(
+        "--only", choices=("quality", "speed"), help="measure all but likelihood and speed, or speed; keep the rest"
+    )
     evaluate.add_argument(
         "--anomalies", action="store_true", help="measure how well calibrated checkpoints tell anomalies, instead"
     )
@@ -174,13 +179,13 @@ def _processes(asked: int | None) -> tuple[int, int]:
 
 
 def _evaluate(args: argparse.Namespace, console: Console) -> None:
-    from training.evaluate import evaluate
+    from training.evaluate import Settings, evaluate
 
     for option in ("images", "pictures", "work", "page"):
         if getattr(args, option):
             raise RunError(f"{option}: only with --anomalies")
     for checkpoint in args.checkpoints:
-        evaluate(checkpoint, data_dir=args.data_dir, console=console)
+        evaluate(checkpoint, data_dir=args.data_dir, console=console, settings=Settings(only=args.only))
 
 
 def _detect(args: argparse.Namespace, console: Console) -> None:

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from training.measure import draws, images_per_second, log_probs, reconstruction
 from training.progress import Bars
 
 Metric = dict[str, JSON]
+Part = Literal["quality", "speed"]  # quality: of samples, so all but likelihood and speed
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,13 @@ class Settings:
     evaluations: int = 256_000  # network evaluations that a likelihood may take, over all its images
     products: int = 80_000  # the same where it takes derivatives of the network, each of which counts as one
     unseen: int = 5_000  # held-out images that the memorisation test is calibrated on
-    likelihood: bool = True  # False: keep the likelihoods that model.json has, and measure all else anew
+    only: Part | None = None  # measured anew, the rest is kept as model.json has it
     batch: int = 64
     seed: int = 0
 
 
 COLUMNS = 8  # of the sheets
+PREFIX = {"likelihood": "bits_per_dim", "speed": "images_per_second"}  # of the names of a part's metrics
 FEW = 8  # steps: a model that takes no more is measured at each power of two
 FLOORS = 8  # sets of real images whose mean is printed beside the samples' quality
 
@@ -75,17 +78,40 @@ def evaluate(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _checkpoint.load(checkpoint, device)
     bars = Bars(console)
+    parts: dict[str, dict[str, Metric]] = {"likelihood": {}, "quality": {}, "speed": {}}
+    for name, entry in about["metrics"].items():
+        parts[next((part for part, prefix in PREFIX.items() if name.startswith(prefix)), "quality")][name] = entry
+    files: dict[str, bytes] = {}
+    if settings.only is None:
+        parts["likelihood"] = _likelihood(model, data, settings, bars)
+    if settings.only in (None, "quality"):
+        parts["quality"], files = _of_samples(model, data, settings, features_dir, bars)
+    if settings.only in (None, "speed"):
+        with bars.task("speed"):
+            parts["speed"] = _speed(model, settings.seed, data.splits["test"].captions)
+    metrics = {name: entry for part in parts.values() for name, entry in part.items()}
+    measured = {"metrics": metrics, "spec": model.spec.to_json()}  # an older version may have saved another Spec
+    about |= measured
+    _checkpoint.update(checkpoint, measured, {**files, "README.md": card(checkpoint.name, about).encode()})
+    for name, entry in metrics.items():
+        console.print(f"{name:28} {entry['value']:.4g} {entry['unit']} (n = {entry['n']})", highlight=False)
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------- parts of the work
+
+
+def _of_samples(
+    model: Model, data: Dataset, settings: Settings, features_dir: Path | None, bars: Bars
+) -> tuple[dict[str, Metric], dict[str, bytes]]:
+    """Metrics of samples: how good, how diverse, how much as asked for, how near to copies; and their pictures."""
     with bars.task("feature network") as report:
         space = feature_space(data, folder=features_dir, report=report)
     n = min(settings.samples, _comparable(data.splits["train"], model.spec))
     asked = draws(model.spec, n, settings.seed, data.splits["test"].captions)
     with bars.task("samples") as report:
         samples = sample(model, asked, settings.batch, report)
-    if settings.likelihood:
-        metrics = _likelihood(model, data, settings, bars)
-    else:
-        metrics = {name: entry for name, entry in about["metrics"].items() if name.startswith("bits_per_dim")}
-    metrics |= _quality(samples, asked, data, space)
+    metrics = _quality(samples, asked, data, space)
     metrics |= _by_steps(model, asked, data, space, settings.batch, bars)
     if isinstance(model, Autoencoder):
         with bars.task("reconstructions"):
@@ -101,23 +127,12 @@ def evaluate(
             quality.flat(data.splits["test"].x[: settings.unseen]),
         )
     metrics["memorised"] = _memorised(copies, data)
-    with bars.task("speed"):
-        metrics |= _speed(model, settings.seed, data.splits["test"].captions)
-    files = {
+    return metrics, {
         "samples.png": _captioned_sheet(model, asked[:COLUMNS], settings.batch)
         if model.spec.image.captions
         else _samples_sheet(samples, model.spec),
         "neighbours.png": _neighbours_sheet(samples, data.splits["train"], copies),
     }
-    measured = {"metrics": metrics, "spec": model.spec.to_json()}  # an older version may have saved another Spec
-    about |= measured
-    _checkpoint.update(checkpoint, measured, {**files, "README.md": card(checkpoint.name, about).encode()})
-    for name, entry in metrics.items():
-        console.print(f"{name:28} {entry['value']:.4g} {entry['unit']} (n = {entry['n']})", highlight=False)
-    return metrics
-
-
-# --------------------------------------------------------------------------------------------------- parts of the work
 
 
 def _likelihood(model: Model, data: Dataset, settings: Settings, bars: Bars) -> dict[str, Metric]:
