@@ -26,7 +26,6 @@ from pydantic_core import PydanticUndefined
 from redis_server import RedisServer
 
 from service.broker import Job, Load, ModelState, WorkerState
-from service.broker_redis import _queue
 from service.messages import Completed
 from service.metrics import Metrics
 from service.settings import Settings
@@ -323,43 +322,61 @@ SCALED_OBJECT = {
         "maxReplicaCount": {"type": "integer"},
         "pollingInterval": {"type": "integer"},
         "cooldownPeriod": {"type": "integer"},
-        "advanced": {"type": "object"},
+        "advanced": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "horizontalPodAutoscalerConfig": {
+                    "type": "object",
+                    "required": ["behavior"],
+                    "additionalProperties": False,
+                    "properties": {"behavior": {"type": "object"}},
+                }
+            },
+        },
         "triggers": {"type": "array", "minItems": 1, "items": TRIGGER},
     },
 }
 
 
-def test_the_scaler_watches_the_queues_that_workers_read() -> None:
+def test_the_scaler_is_what_keda_takes() -> None:
     (scaler,), (access,) = of_kind("ScaledObject"), of_kind("TriggerAuthentication")
     Draft202012Validator(SCALED_OBJECT).validate(scaler["spec"])
+    target = {"scaleTargetRef": {"kind": "Deployment", "name": "any"}, "maxReplicas": 2}
+    behavior = scaler["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]  # KEDA hands it on as it is
+    autoscaler = {"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler", "metadata": {"name": "any"}}
+    kubernetes_validate.validate({**autoscaler, "spec": {**target, "behavior": behavior}}, KUBERNETES, strict=True)
     names = {document["metadata"]["name"] for document in of_kind("Deployment")}
     assert scaler["spec"]["scaleTargetRef"]["name"] in names
-    models = {path.name for path in (ROOT / "zoo").iterdir()}
-    queues = {_queue(priority, model) for priority in ("interactive", "batch") for model in models}
-    watched = [trigger["metadata"]["listName"] for trigger in scaler["spec"]["triggers"]]
-    assert set(watched) <= queues
-    assert len(set(watched)) == len(watched)
     for trigger in scaler["spec"]["triggers"]:
         assert trigger["authenticationRef"]["name"] == access["metadata"]["name"]
 
 
 @pytest.mark.anyio
-async def test_the_size_of_a_queue_is_what_waits_in_it(redis_server: RedisServer) -> None:
-    """What the scaler reads, through what happens to a queue."""
+async def test_the_scaler_reads_how_many_jobs_wait(redis_server: RedisServer) -> None:
+    """KEDA asks for the type of the key that it is given, and for its size by that."""
+    (scaler,) = of_kind("ScaledObject")
+    (watched,) = {trigger["metadata"]["listName"] for trigger in scaler["spec"]["triggers"]}
     redis_server.flush()
     kind = brokers.Distributed(redis_server)
     with redis.Redis(port=redis_server.port) as client:
         async with kind.broker() as broker, brokers.workers(kind, broker, "w") as [worker]:
-            queue = _queue("interactive", "m")
-            assert client.type(queue) == b"none"
+
+            def size() -> object:
+                sizes = {b"zset": client.zcard, b"set": client.scard, b"list": client.llen, b"hash": client.hlen}
+                return sizes.get(client.type(watched), client.llen)(watched)  # type: ignore[call-overload]
+
+            assert size() == 0
             for k in range(5):
-                await broker.submit(Job(f"j{k}", "m", b"", 1, 1))
-            assert (client.type(queue), client.zcard(queue)) == (b"zset", 5)
+                await broker.submit(Job(f"j{k}", "mn"[k % 2], b"", 1, 1, priority="batch" if k > 2 else "interactive"))
+            assert size() == 5
             for left in (4, 3):
                 await worker.claims.claim(["m"])
-                assert client.zcard(queue) == left
+                assert size() == left
             await worker.claims.hand_back(["j0"])
-            assert client.zcard(queue) == 4
-            for k in range(2, 5):
+            assert size() == 4
+            for k in (1, 3, 4):
                 await broker.cancel(f"j{k}")
-            assert client.zcard(queue) == 1
+            assert size() == 1
+            await worker.claims.claim(["m"])
+            assert size() == 0
