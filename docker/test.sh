@@ -4,7 +4,8 @@
 #
 # Needs docker with compose, and curl. Takes a few minutes, most of them for the first build.
 #   docker/test.sh [--no-build]        TORCH_INDEX, PYTHON_IMAGE, REDIS_IMAGE as in .env.example; API_PORT (default: 18000)
-#   FIRST_PICTURE_SECONDS (30) and API_BYTES (250000000) are what is allowed, for a busy machine or another base
+#   FIRST_PICTURE_SECONDS (30) and API_BYTES (250000000) are what is allowed, for a busy machine or another base;
+#   LONG_STEPS (1000) are those of the request that is disturbed
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,6 +41,9 @@ for name in "$api" "$worker"; do
     say "$name: $((size / 1000000)) MB"
 done
 size=$(docker image inspect --format '{{.Size}}' "$api")
+if base=$(docker image inspect --format '{{.Size}}' "${PYTHON_IMAGE:-python:3.11-slim-bookworm}" 2>/dev/null); then
+    say "$api adds $(((size - base) / 1000000)) MB to its base"
+fi
 below "$size" "${API_BYTES:-250000000}" || fail "the API's image has $size bytes"
 
 inside() { docker run --rm --read-only --tmpfs /tmp --cap-drop ALL --network none --entrypoint "$2" "$1" "${@:3}"; }
@@ -80,11 +84,14 @@ until [ "$(docker compose ps --format '{{.Service}} {{.Health}}' | grep -c '^wor
     below "$(since "$started")" $((6 * limit)) || fail "the workers do not become healthy"
     sleep 1
 done
-say "both workers are healthy"
+tried=$(docker compose logs --no-color --no-log-prefix worker |
+    sed -n 's/.*: read in \([0-9.]*\) s, warmed up in \([0-9.]*\) s$/\1 \2/p' |
+    awk '{ n++; s += $1 + $2 } END { printf "%d models in %.1f s", n, s }')
+say "both workers are healthy; together they tried $tried"
 
 # ------------------------------------------------------------------------------------------- a worker dies midway
 
-long='{"model": "fashion-mnist-ddpm", "n": 4, "seed": 11, "steps": 1000, "solver": "ddim"}'
+long='{"model": "fashion-mnist-ddpm", "n": 4, "seed": 11, "steps": '${LONG_STEPS:-1000}', "solver": "ddim"}'
 quiet=$(now)
 picture "$long" >"$work/quiet.png" || fail "$(cat "$work/quiet.png")"
 quiet=$(since "$quiet")
