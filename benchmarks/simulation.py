@@ -2,6 +2,7 @@
 are said to.
 
     python -m benchmarks.simulation [--workers 1 4 16 64] [--rates 1000 10000] [--broker-microseconds 100]
+        [--page docs/08-pool.md]
 
 What decides is the service's own: `LocalBroker` queues and gives out jobs, `Window` says what a worker claims,
 `Scheduler` what steps. What takes time is made up: a step of a device takes DEVICE seconds, and everything that passes
@@ -22,12 +23,14 @@ import statistics
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgpack
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks._page import write
 from service.broker import Job, ModelState, QueueFull, WorkerState
 from service.broker_local import LocalBroker, _Link
 from service.scheduler import Row, Scheduler, Ticket
@@ -251,7 +254,7 @@ def main() -> None:
     )
     parser.add_argument("--broker-microseconds", type=float, default=100.0, help="of the broker's time for each job")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for which they are asked for, simulated")
-    parser.add_argument("--markdown", action="store_true", help="as the table of docs/08-pool.md")
+    parser.add_argument("--page", type=Path, help="where the table is put between the markers: docs/08-pool.md")
     args = parser.parse_args()
     head = (
         "workers",
@@ -280,9 +283,9 @@ def main() -> None:
                     "" if len(half) > 0.95 * came else limit,
                 ]
             )
-    if args.markdown:
-        print("\n".join(f"| {' | '.join(line)} |" for line in ([*head], ["---"] * len(head), *lines)))
-        return
+    if args.page:
+        text = "".join(f"| {' | '.join(line)} |\n" for line in ([*head], ["---"] * len(head), *lines))
+        write(args.page, {"simulation": text})
     table = Table(*head, title="a simulated pool; times of jobs answered in the second half")
     for line in lines:
         table.add_row(*line)
