@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 "redis_url: not set; DRAWWELL_REDIS_URL says where the Redis is that api and workers share"
             )
+        if settings.redis_url is not None:
+            from service._redis import check_url
+
+            check_url(settings.redis_url.get_secret_value())
     except (ValidationError, ValueError) as e:
         print(f"{parser.prog}: {e}", file=sys.stderr)
         return 2

@@ -1,13 +1,15 @@
-"""Connections to Redis: that a command either answers soon or raises, that long payloads stand in nobody's way, and the
-scripts of `service/lua`.
+"""Connections to Redis: where a URL leads, that a command either answers soon or raises, that long payloads stand in
+nobody's way, and the scripts of `service/lua`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import random
+import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -15,10 +17,23 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis, Sentinel
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from service.broker import BrokerAway, JobLost
@@ -28,14 +43,92 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PREFIX = "{drawwell}:"
+DIRECT, SENTINEL = ("redis", "rediss"), ("redis+sentinel", "rediss+sentinel")
 INLINE = 64 * 1024  # bytes of a payload that travels in a stream itself
 ANSWER_SECONDS = 0.8  # that a command may take; with one more try, an API knows within two seconds that Redis is away
 BLOCK_SECONDS = 0.25  # that a worker's look for jobs waits for one, before it asks what is wanted by now
 AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
-NOT_NOW = ("LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "OOM", "MISCONF")  # replies of a server in trouble
 
 _SCRIPTS = ("submit", "claim", "take", "publish", "cancel", "renew", "hand_back", "reap")
 _FOLDER = Path(__file__).with_name("lua")
+
+
+# Replies of a server in trouble. Until Redis 7, a script's own error quotes the code of what it called.
+_IN_TROUBLE = (BusyLoadingError, ClusterDownError, MasterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError)
+_QUOTED = re.compile(r"(?:^|-)(?:CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|OOM|READONLY|TRYAGAIN) ")
+
+
+class CannotNow(RedisConnectionError):
+    """The server can be reached, but not do what it was asked for."""
+
+
+class _Patient(AbstractConnection):
+    """Tells of a server in trouble as of one that cannot be reached: both are for another try, soon or later."""
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)
+        except ResponseError as e:
+            if isinstance(e, _IN_TROUBLE) or _QUOTED.search(str(e)):
+                await self.disconnect()
+                raise CannotNow(str(e)) from e
+            raise
+
+
+class _SentinelConnection(_Patient, SentinelManagedConnection):
+    pass
+
+
+class _SentinelTlsConnection(_Patient, SentinelManagedSSLConnection):
+    pass
+
+
+class _Connection(_Patient, Connection):
+    """Goes to the node of a Cluster that has our keys, as it is told; back to where the URL leads when that is gone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._first = self.host, self.port
+
+    async def connect(self) -> None:
+        try:
+            await super().connect()  # type: ignore[no-untyped-call]
+        except AWAY:
+            self.host, self.port = self._first
+            raise
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        try:
+            return await super().read_response(*args, **options)
+        except MovedError as e:
+            await self.disconnect()
+            self.host, self.port = e.host or self.host, e.port
+            raise RedisConnectionError(f"the keys are at {self.host}:{self.port}") from e  # which is tried again
+
+
+class _TlsConnection(_Connection, SSLConnection):
+    pass
+
+
+def check_url(url: str) -> None:
+    """Raises `ValueError` for a URL that cannot be used. What is said of it shows no part of it that may be secret."""
+    parts = urlsplit(url)
+    if parts.scheme not in (*DIRECT, *SENTINEL):
+        raise ValueError(f"redis_url: begins with none of {', '.join(f'{s}://' for s in (*DIRECT, *SENTINEL))}")
+    if parts.fragment or "@" in parts.path + parts.query:
+        raise ValueError("redis_url: / ? # and @ within a user's name or password are written as %2F %3F %23 and %40")
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    sentinel = parts.scheme in SENTINEL
+    for host in hosts.split(",") if sentinel else [hosts]:
+        port = host.rpartition("]")[2].partition(":")[2]  # after an IPv6 address in brackets, too
+        if (not host and sentinel) or (port and not (port.isdecimal() and int(port) < 65536)):
+            raise ValueError(f"redis_url: names no host and port{' after the password' if credentials else ''}")
+    service, _, db = parts.path.strip("/").partition("/")
+    if sentinel and not service:
+        raise ValueError("redis_url: names no service after its Sentinels: redis+sentinel://host:26379/service")
+    number = db if sentinel else parts.path.strip("/")
+    if number and not number.isdecimal():
+        raise ValueError(f"redis_url: its database is {number!r}, not a number")
 
 
 class Store:
@@ -57,13 +150,16 @@ class Store:
         self.bulk: Any = self._client(url, {**options, "socket_timeout": 30.0, "max_connections": 8})
         self.waiting: Any = self._client(url, {**options, "socket_timeout": BLOCK_SECONDS + 5.0, "max_connections": 8})
         common = (_FOLDER / "_common.lua").read_text(encoding="utf-8")
-        self._scripts = {
-            name: self.commands.register_script(common + (_FOLDER / f"{name}.lua").read_text(encoding="utf-8"))
-            for name in _SCRIPTS
-        }
+        texts = {name: common + (_FOLDER / f"{name}.lua").read_text(encoding="utf-8") for name in _SCRIPTS}
+        self._scripts = {name: (hashlib.sha1(text.encode()).hexdigest(), text) for name, text in texts.items()}
 
     async def run(self, script: str, *arguments: str | int | bytes) -> Any:
-        answer = await self._scripts[script](args=[PREFIX, *arguments])
+        digest, text = self._scripts[script]
+        whose = 1, PREFIX  # the one key that is named stands for all: by its hash tag a Cluster knows where they are
+        try:
+            answer = await self.commands.evalsha(digest, *whose, PREFIX, *arguments)
+        except NoScriptError:  # since the server was started
+            answer = await self.commands.eval(text, *whose, PREFIX, *arguments)
         check_cancelled()
         return answer
 
@@ -74,6 +170,12 @@ class Store:
         key = f"{PREFIX}blob:{uuid.uuid4().hex}".encode()
         await self.bulk.set(key, payload, px=int(1000 * seconds))
         return b"@" + key
+
+    async def discard(self, stored: bytes) -> None:
+        """Nobody will fetch it. Where Redis is away just now, it expires by itself."""
+        if stored[:1] == b"@":
+            with contextlib.suppress(*AWAY, RedisError):
+                await self.bulk.delete(stored[1:])
 
     async def fetch(self, stored: bytes) -> bytes:
         """Raises `JobLost` where the payload is gone."""
@@ -90,18 +192,18 @@ class Store:
                 await client.aclose(close_connection_pool=True)
 
     def _client(self, url: str, options: Mapping[str, Any]) -> Redis:
-        """A pool of connections. redis:// and rediss:// (TLS) as everywhere; redis+sentinel://host:port,host:port/service
-        for the master of that name. Raises `ValueError` for another URL.
+        """A pool of connections. redis:// and rediss:// (TLS) as everywhere, of any node of a Cluster too;
+        redis+sentinel://host:port,host:port/service for the master of that name. Raises `ValueError` for another URL.
         """
+        check_url(url)
         parts = urlsplit(url)
-        if parts.scheme not in ("redis+sentinel", "rediss+sentinel"):
+        if parts.scheme not in SENTINEL:
             pool = BlockingConnectionPool.from_url(url, timeout=ANSWER_SECONDS, **options)
+            pool.connection_class = _TlsConnection if parts.scheme == "rediss" else _Connection
             return Redis(connection_pool=pool)
         credentials, _, hosts = parts.netloc.rpartition("@")
         user, _, password = credentials.partition(":")
         service, _, db = parts.path.strip("/").partition("/")
-        if not service:
-            raise ValueError(f"redis_url: names no service after {hosts!r}: redis+sentinel://host:26379/service")
         sentinels = [(host, int(port or 26379)) for host, _, port in (h.partition(":") for h in hosts.split(","))]
         given = dict(parse_qsl(parts.query))
         access = {
@@ -110,12 +212,13 @@ class Store:
             "ssl": parts.scheme == "rediss+sentinel",
         }
         # Pools of redis-py's Sentinel do not wait for a connection: one that is full raises.
+        connection = _SentinelTlsConnection if parts.scheme == "rediss+sentinel" else _SentinelConnection
         options = {**options, "max_connections": 1024}
         sentinel: Any = Sentinel(
             sentinels, sentinel_kwargs={"password": given.get("sentinel_password")}, **access, **options
         )  # type: ignore[no-untyped-call]
         self._sentinels += sentinel.sentinels
-        master: Redis = sentinel.master_for(service, db=int(db or 0))
+        master: Redis = sentinel.master_for(service, db=int(db or 0), connection_class=connection)
         return master
 
 
@@ -125,12 +228,10 @@ async def reached(work: Awaitable[T]) -> T:
         result = await work
         check_cancelled()
         return result
+    except CannotNow as e:
+        raise BrokerAway(f"Redis cannot answer now: {e}") from e
     except AWAY as e:
         raise BrokerAway(f"Redis cannot be reached: {type(e).__name__}") from e
-    except ResponseError as e:
-        if str(e).startswith(NOT_NOW):
-            raise BrokerAway(f"Redis cannot answer now: {e}") from e
-        raise
 
 
 def check_cancelled() -> None:
@@ -161,8 +262,5 @@ async def until_reached(work: Callable[[], Awaitable[T]]) -> T:
             return await work()
         except AWAY as e:
             log.warning("Redis: %s; trying again", type(e).__name__)
-        except ResponseError as e:
-            if not str(e).startswith(NOT_NOW):
-                raise
         await asyncio.sleep(random.uniform(wait / 2, wait))
         wait = min(2 * wait, 1.0)

@@ -117,6 +117,12 @@ class WorkerState:
     models: Mapping[str, ModelState] = field(default_factory=dict)
     load: Mapping[str, Load] = field(default_factory=dict)  # by "<model>/draw", "…/score" and "…/map"
     jobs: int = 0  # that it works on
+    draining: bool = False  # it takes no more jobs, and ends
+
+    def takes(self, model: str) -> bool:
+        """Whether a job for the model is for this worker: of those that it has not tried yet it tries that one next."""
+        tried = self.models.get(model)
+        return self.ready or (not self.draining and tried is not None and tried.status != "failed")
 
 
 def state_in(data: Mapping[str, Any]) -> WorkerState:

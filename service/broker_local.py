@@ -112,8 +112,8 @@ class LocalBroker(Broker):
             if self._records[known].job.digest != job.digest:
                 raise KeyTaken(job.key)
             return known
-        if not self._anyone():
-            raise NoWorker("no worker is ready")
+        if not self._anyone(job.model):
+            raise NoWorker(f"no worker is ready for {job.model}")
         if self._units and self._units + job.units > self._limit:
             over = self._units + job.units - self._limit
             wait = retry_after(over, self._units, await self.pool(), self._waiting)
@@ -190,7 +190,7 @@ class LocalBroker(Broker):
         except ConnectionError as e:
             log.info("worker %s: %s", name, e)
         finally:
-            self._anyone()  # until now, perhaps
+            self._see_whether_ready()  # until now, perhaps
             del self._links[name]
             writer.close()
             self._give_back(name, link)
@@ -299,11 +299,15 @@ class LocalBroker(Broker):
         if job.key is not None:
             del self._keys[job.key]
 
-    def _anyone(self) -> bool:
-        now = self._clock()
+    def _anyone(self, model: str) -> bool:
+        self._see_whether_ready()
+        if any(link.state is not None and link.state.takes(model) for link in self._links.values()):
+            return True
+        return self._ready_at is not None and self._clock() - self._ready_at <= self._grace
+
+    def _see_whether_ready(self) -> None:
         if any(link.state is not None and link.state.ready for link in self._links.values()):
-            self._ready_at = now
-        return self._ready_at is not None and now - self._ready_at <= self._grace
+            self._ready_at = self._clock()
 
     def _queue(self, job: Job) -> Turns:
         return self._queues.setdefault((job.priority, job.model), Turns())

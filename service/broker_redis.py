@@ -11,6 +11,7 @@
     {drawwell}:lines, waiting         what no worker has yet: where each job stands; of each line its jobs and steps
     {drawwell}:key:<key>              idempotency: which job stands for it
     {drawwell}:worker:<name>          what a worker announced; it expires. Also the channel of its cancellations
+    {drawwell}:workers                a set: the names of those
     {drawwell}:dead                   a stream: jobs that took too many workers down, with their history
 
 Whatever reads and writes more than one of these is a Lua script (`service/lua`), so that no crash leaves half of it.
@@ -32,6 +33,7 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import msgpack
@@ -111,9 +113,9 @@ class RedisBroker(Broker):
 
     async def submit(self, job: Job) -> str:
         lifetime = (job.timeout or LONGEST) + self._keep
+        if not await self._anyone(job.model) and not await self._known(job.key):
+            raise NoWorker(f"no worker is ready for {job.model}")
         described = dataclasses.replace(job, payload=await reached(self._store.store(job.payload, lifetime)))
-        if job.key is None and not await self._anyone():
-            raise NoWorker("no worker is ready")
         answer = await reached(
             self._store.run(
                 "submit",
@@ -124,6 +126,8 @@ class RedisBroker(Broker):
             )
         )
         kind = answer[0]
+        if kind != b"queued":
+            await self._store.discard(described.payload)
         if kind == b"known":
             return str(answer[1], "ascii")
         if kind == b"taken":
@@ -226,9 +230,13 @@ class RedisBroker(Broker):
 
     # ------------------------------------------------------------------------------------------------------ the inside
 
-    async def _anyone(self) -> bool:
-        await self.pool()
+    async def _anyone(self, model: str) -> bool:
+        if any(worker.takes(model) for worker in await self.pool()):
+            return True
         return self._ready_at is not None and time.monotonic() - self._ready_at <= self._grace
+
+    async def _known(self, key: str | None) -> bool:
+        return key is not None and bool(await reached(self._store.commands.exists(f"{PREFIX}key:{key}")))
 
     async def _look(self) -> None:
         """At the workers, and at queued jobs that none of them will ever take."""
@@ -298,6 +306,7 @@ class RedisClaims(Claims):
         self._store, self.name = Store(url), f"{name}-{uuid.uuid4().hex[:12]}"
         self._claim_seconds, self._keep = claim_seconds, keep
         self._held: dict[str, Job] = {}
+        self._ending: set[str] = set()  # those whose end is being told
         self._wanted: dict[str, Sequence[str]] = {}  # model in memory -> tenants of whom there is enough
         self._absent: dict[str, Sequence[str]] = {}  # the same of models that would have to be loaded
         self._wants = asyncio.Event()
@@ -316,7 +325,10 @@ class RedisClaims(Claims):
                 group.create_task(steadily(self._beat, self._claim_seconds / 4))
         finally:
             with contextlib.suppress(*AWAY, RedisError):
-                await self._store.commands.delete(f"{PREFIX}worker:{self.name}")
+                async with self._store.commands.pipeline(transaction=True) as both:
+                    both.delete(f"{PREFIX}worker:{self.name}")
+                    both.srem(f"{PREFIX}workers", self.name)
+                    await both.execute()
             await self._store.close()
 
     async def announce(self, state: WorkerState) -> None:
@@ -340,26 +352,31 @@ class RedisClaims(Claims):
             yield await self._dropped.get()
 
     async def publish(self, job_id: str, events: Sequence[Event]) -> None:
-        job = self._held.get(job_id)
-        if job is None:
-            return  # another's by now
-        final = events[-1].final
-        lifetime = (job.timeout or LONGEST) + self._keep
-
-        async def tell() -> int:
-            payloads = [await self._store.store(event.payload, lifetime) for event in events]
-            told: int = await self._store.run(
-                *("publish", job_id, self.name, job.attempt),
-                *("company" if len(self._held) > 1 else "alone", "1" if final else "0", *payloads),
-            )
-            return told
-
-        # A publication that was heard but not answered is repeated; readers drop what they have seen.
-        told = await until_reached(tell)
+        final, told = events[-1].final, False
+        if final:
+            self._ending.add(job_id)
+        while not told:
+            job = self._held.get(job_id)
+            if job is None:
+                self._ending.discard(job_id)
+                return  # another's by now
+            # A publication that was heard but not answered is repeated; readers drop what they have seen.
+            told = await until_reached(partial(self._tell, job, events))
+            if self._held.get(job_id) is job:
+                break  # otherwise this worker lost it and was given it again meanwhile, as another attempt
+        self._ending.discard(job_id)
         if final or not told:
             self._held.pop(job_id, None)
         if not told and not final:
             self._dropped.put_nowait(job_id)
+
+    async def _tell(self, job: Job, events: Sequence[Event]) -> bool:
+        """False where the job is no longer this worker's."""
+        lifetime = (job.timeout or LONGEST) + self._keep
+        payloads = [await self._store.store(event.payload, lifetime) for event in events]
+        company = "company" if len(self._held) > 1 else "alone"
+        final = "1" if events[-1].final else "0"
+        return bool(await self._store.run("publish", job.id, self.name, job.attempt, company, final, *payloads))
 
     async def hand_back(self, job_ids: Sequence[str]) -> None:
         self._want_nothing()
@@ -464,14 +481,17 @@ class RedisClaims(Claims):
         if not self._held:
             return
         arguments = [part for job in self._held.values() for part in (job.id, job.attempt)]
-        for job_id in await self._store.run("renew", self.name, *arguments):
-            self._dropped.put_nowait(job_id.decode())
+        for job_id in map(bytes.decode, await self._store.run("renew", self.name, *arguments)):
+            if job_id in self._held and job_id not in self._ending:
+                self._dropped.put_nowait(job_id)
 
     async def _beat(self) -> None:
         if self._state is not None:
             packed = msgpack.packb(dataclasses.asdict(self._state))
-            key = f"{PREFIX}worker:{self.name}"
-            await self._store.commands.set(key, packed, px=int(1000 * self._claim_seconds))
+            async with self._store.commands.pipeline(transaction=True) as both:
+                both.set(f"{PREFIX}worker:{self.name}", packed, px=int(1000 * self._claim_seconds))
+                both.sadd(f"{PREFIX}workers", self.name)
+                await both.execute()
 
     async def _hear(self) -> None:
         while True:
@@ -498,8 +518,8 @@ async def workers(url: str) -> list[WorkerState]:
 
 
 async def _announced(store: Store) -> list[WorkerState]:
-    keys = [key async for key in store.commands.scan_iter(f"{PREFIX}worker:*", count=1000)]
-    found = await store.commands.mget(keys) if keys else []
+    names = [name.decode() for name in await store.commands.smembers(f"{PREFIX}workers")]
+    found = await store.commands.mget([f"{PREFIX}worker:{name}" for name in names]) if names else []
     states = [state_in(msgpack.unpackb(packed)) for packed in found if packed is not None]
     return sorted(states, key=lambda state: state.name)
 

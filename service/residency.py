@@ -61,18 +61,24 @@ class Residency:
         """Whether every model has been tried."""
         return self.scanned and all(state.status != "loading" for state in self.states.values())
 
-    def servable(self, resident: bool) -> list[str]:
-        """The models that jobs can be taken for and that are, or are not, in memory."""
-        return [name for name, s in self.states.items() if s.status == "ready" and s.resident == resident]
+    def here(self) -> list[str]:
+        """The models in memory."""
+        return [name for name, state in self.states.items() if state.status == "ready" and state.resident]
+
+    def absent(self) -> list[str]:
+        """Those that jobs can be taken for as well, but that have to be loaded first, or to be tried."""
+        return [name for name, state in self.states.items() if state.status != "failed" and not state.resident]
 
     # ------------------------------------------------------------------------------------------------------------ jobs
 
     def admit(self, job: Job) -> bool:
         """Whether the job can begin. Otherwise it waits here for its model; `hear` will return it."""
         state = self.states.get(job.model)
-        if job.model in self._serving or state is None or state.status != "ready":
+        if job.model in self._serving or state is None or state.status == "failed":
             self.touch(job.model)
             return True  # one that is not served is the engine's to answer
+        if state.status == "loading":
+            self._try_sooner(job.model)
         self._waiting.setdefault(job.model, {})[job.id] = Waiting(job, self._clock())
         self._wanted.setdefault(job.model)
         return False
@@ -83,7 +89,8 @@ class Residency:
             if jobs.pop(job_id, None) is not None:
                 if not jobs:
                     del self._waiting[model]
-                    if self.states[model].sha256 == self._on_disk[model]:  # it was wanted for its jobs alone
+                    state = self.states[model]
+                    if state.status == "ready" and state.sha256 == self._on_disk[model]:  # it was wanted for its jobs
                         self._wanted.pop(model, None)
                 return True
         return False
@@ -148,6 +155,13 @@ class Residency:
         return True
 
     # ------------------------------------------------------------------------------------------------------ the inside
+
+    def _try_sooner(self, model: str) -> None:
+        """Before those that nobody asks for. Once for a model, so that none of them waits for ever."""
+        if model in self._wanted and model not in self._waiting:
+            others = [name for name in self._wanted if name != model]
+            place = next((k for k, name in enumerate(others) if name not in self._waiting), len(others))
+            self._wanted = dict.fromkeys([*others[:place], model, *others[place:]])
 
     def _found(self, found: Found) -> None:
         self._on_disk[found.name] = found.version

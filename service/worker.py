@@ -235,7 +235,8 @@ class Worker:
         ready = self._residency.ready and self._ends_at is None
         self._announced = time.monotonic()
         models = dict(self._residency.states)
-        state = WorkerState(self._name, self._device, ready, models, self._engine.load(), len(self._held))
+        draining = self._ends_at is not None
+        state = WorkerState(self._name, self._device, ready, models, self._engine.load(), len(self._held), draining)
         self._talk.announce(state)
         self._claim()
 
@@ -245,7 +246,7 @@ class Worker:
         if self._ends_at is not None or self._suspect is not None:
             self._talk.want(_Want())
             return
-        here, absent = (self._window.room(self._residency.servable(resident)) for resident in (True, False))
+        here, absent = self._window.room(self._residency.here()), self._window.room(self._residency.absent())
         self._talk.want(_Want(here, absent, self._window.enough()))
 
 

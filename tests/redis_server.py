@@ -36,9 +36,11 @@ class RedisServer:
 
     def __init__(self, folder: Path, *options: str) -> None:
         self._folder, self._options = folder, options
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = 65535
+        while self.port > 55535:  # a node of a Cluster listens on this port + 10,000 as well
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.port = int(free.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -68,6 +70,16 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def forget(self) -> None:
+        """As where there is no append-only file: it dies, and starts again with nothing."""
+        self.kill()
+        for path in (
+            *self._folder.glob("*.aof"),
+            *self._folder.glob("appendonlydir/*"),
+        ):  # until Redis 6, and from 7 on
+            path.unlink()
+        self.start()
 
     def flush(self) -> None:
         """Nothing is there any longer."""

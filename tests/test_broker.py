@@ -316,10 +316,11 @@ async def test_an_empty_queue_takes_a_job_of_any_size(kind: Kind) -> None:
 
 async def test_without_a_worker_jobs_are_refused_but_not_while_one_restarts(kind: Kind) -> None:
     async with kind.broker(grace=2.5) as broker:
-        with pytest.raises(NoWorker):
-            await broker.submit(job("a"))
+        for key in (None, "k"):
+            with pytest.raises(NoWorker):
+                await broker.submit(job("a", key=key))
         link = kind.link(broker, "w")
-        await link.open(broker, "m", ready=False)
+        await link.open(broker, ready=False)
         with pytest.raises(NoWorker):
             await broker.submit(job("a"))
         await link.claims.announce(WorkerState("w", "cpu", True, {"m": ModelState("ready")}))
@@ -332,6 +333,32 @@ async def test_without_a_worker_jobs_are_refused_but_not_while_one_restarts(kind
         await asyncio.sleep(4)
         with pytest.raises(NoWorker):
             await broker.submit(job("c"))
+
+
+async def test_a_worker_that_warms_up_is_given_jobs_for_what_it_has_and_may_have(kind: Kind) -> None:
+    async with kind.broker(grace=0.0) as broker:
+        link = kind.link(broker, "w")
+        await link.connect()
+        states = {"here": ModelState("ready"), "soon": ModelState("loading"), "never": ModelState("failed")}
+
+        async def announce(draining: bool) -> None:
+            await link.claims.announce(WorkerState("w", "cpu", False, states, draining=draining))
+            async with asyncio.timeout(5):
+                while [state.draining for state in await broker.pool()] != [draining]:
+                    await asyncio.sleep(0.01)
+
+        await announce(draining=False)
+        for model in ("here", "soon"):
+            assert await broker.submit(job(model, model=model)) == model
+        for model in ("never", "unheard"):
+            with pytest.raises(NoWorker, match=f"no worker is ready for {model}"):
+                await broker.submit(job(model, model=model))
+        assert (await asyncio.wait_for(link.claims.claim(["here"], ["soon"]), 10)).id == "here"
+        assert (await asyncio.wait_for(link.claims.claim(["here"], ["soon"]), 10)).id == "soon"
+        await announce(draining=True)
+        with pytest.raises(NoWorker):
+            await broker.submit(job("late", model="here"))
+        await link.die()
 
 
 async def test_queued_jobs_for_a_model_that_is_gone_are_answered_at_once(kind: Kind) -> None:

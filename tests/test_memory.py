@@ -317,6 +317,29 @@ def test_a_job_that_waits_for_its_model_can_be_cancelled_and_expires() -> None:
     assert desk.residency.states["walk0"].loads == loads, "nobody wants it any longer"
 
 
+def test_what_is_asked_for_is_tried_before_what_nobody_asks_for() -> None:
+    desk = Desk(budget=None)
+    for name in NAMES:
+        desk.hear(Found(name, "1", 100))
+    desk.hear(Scanned())
+    assert desk.residency.here() == []
+    assert desk.residency.absent() == NAMES
+    desk.residency.pump()
+    assert desk.asked == ["walk0"], "the first one is being tried"
+    for name in ("walk3", "walk4", "walk3"):
+        desk.ask(f"{name}-{len(desk.residency.waiting())}", name, Generate(1, 1, 1))
+    assert desk.residency.forget("walk4-1"), "a cancelled one"
+    order = []
+    while not desk.residency.ready:
+        order += desk.asked
+        desk.load()
+        desk.residency.pump()
+    assert order == ["walk0", "walk3", "walk4", "walk1", "walk2"]
+    desk.settle()
+    assert all(isinstance(desk.told[name][-1], Completed) for name in ("walk3-0", "walk3-2"))
+    assert desk.residency.here() == NAMES
+
+
 def test_a_refused_version_leaves_the_one_that_worked_in_memory_for_as_long_as_there_is_room() -> None:
     desk = Desk(budget=200)
     desk.serve("walk0", "walk1")

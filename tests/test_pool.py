@@ -25,6 +25,7 @@ import psutil
 import pytest
 import redis
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from redis_server import RedisServer
 from servers import DDPM, GAN, Server, free_port, write
 
@@ -34,6 +35,12 @@ from service.messages import Generate, ImageDone, Message
 
 pytestmark = pytest.mark.xdist_group("servers")
 CLAIM = 3.0  # seconds without a sign of life after which a worker loses its jobs
+HOUR = 3600.0
+AHEAD = (  # a worker on whose machine it is `argv[1]` seconds later
+    "import runpy, sys, time; seconds = float(sys.argv.pop(1)); real, real_ns = time.time, time.time_ns;"
+    "time.time = lambda: real() + seconds; time.time_ns = lambda: real_ns() + int(1e9 * seconds);"
+    "runpy.run_module('service.worker', run_name='__main__', alter_sys=True)"
+)
 PIXELCNN = {"features": 8, "dilations": (1, 2), "hidden": 8, "embedding": 4}
 
 
@@ -109,12 +116,17 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 class WorkerProcess:
     """One worker, without a supervisor: the test kills it and starts it again."""
 
-    def __init__(self, name: str, zoo: Path, log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, zoo: Path, log: Path, environment: dict[str, str], ahead: float = 0.0, drain: float = 20.0
+    ) -> None:
         self._name, self._zoo, self._log, self._environment = name, zoo, log, environment
+        self._module = ["-c", AHEAD, str(ahead)] if ahead else ["-m", "service.worker"]
+        self._drain_seconds = drain
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "service.worker", "--redis", "--name", self._name, "--models", str(self._zoo)]
+        command = [sys.executable, *self._module, "--redis", "--name", self._name, "--models", str(self._zoo)]
+        command += ["--drain-seconds", str(self._drain_seconds)]
         with self._log.open("ab") as out:
             self.child = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=self._environment, cwd=Path(__file__).parents[1]
@@ -156,6 +168,12 @@ class Pool:
     def redis(self) -> redis.Redis:
         return redis.Redis(port=self.server.port)
 
+    def worker(self, name: str, ahead: float = 0.0, drain: float = 20.0) -> WorkerProcess:
+        """One more."""
+        log = self.folder / f"{name}.log"
+        self.workers.append(WorkerProcess(name, self.zoo, log, self.environment, ahead, drain))
+        return self.workers[-1]
+
     def restart_api(self, k: int) -> None:
         old = self.apis[k]
         old.child.kill()
@@ -165,7 +183,7 @@ class Pool:
 
 
 @contextmanager
-def pool(zoo: Path, folder: Path, workers: int, apis: int = 1) -> Iterator[Pool]:
+def pool(zoo: Path, folder: Path, workers: int, apis: int = 1, **of_workers: float) -> Iterator[Pool]:
     with ExitStack() as stack:
         server = stack.enter_context(RedisServer(folder))
         proxy = stack.enter_context(Proxy(server.port))
@@ -180,7 +198,7 @@ def pool(zoo: Path, folder: Path, workers: int, apis: int = 1) -> Iterator[Pool]
         for k in range(apis):
             made.apis.append(Server(zoo, folder / f"api{k}.log", command="api", environment=environment))
         for k in range(workers):
-            made.workers.append(WorkerProcess(f"w{k}", zoo, folder / f"w{k}.log", environment))
+            made.worker(f"w{k}", **of_workers)
         for api in made.apis:
             api.wait_for("/readyz")
         yield made
@@ -231,14 +249,13 @@ def request(k: int, rng: random.Random) -> dict[str, Any]:
 
 
 def persistent(made: Pool, k: int, body: dict[str, Any], deadline: float) -> dict[str, Any]:
-    """The answer, asked for with an idempotency key until it comes."""
+    """The answer, asked for until it comes: two times of three with an idempotency key, otherwise as a new job."""
     rng = random.Random(k)
+    headers = {"Idempotency-Key": f"key-{k}"} if k % 3 else {}
     while time.monotonic() < deadline:
         api = rng.choice(made.apis)
         try:
-            answer = httpx.post(
-                f"http://127.0.0.1:{api.port}/generate", json=body, headers={"Idempotency-Key": f"key-{k}"}, timeout=60
-            )
+            answer = httpx.post(f"http://127.0.0.1:{api.port}/generate", json=body, headers=headers, timeout=60)
         except httpx.TransportError:
             time.sleep(rng.uniform(0.1, 0.5))
             continue
@@ -253,7 +270,7 @@ def persistent(made: Pool, k: int, body: dict[str, Any], deadline: float) -> dic
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_nothing_is_lost_whatever_falls_over(zoo: Path, tmp_path: Path) -> None:
-    """500 requests over 3 workers and 2 APIs, while 10 workers are killed, one is stopped for longer than its claims,
+    """500 requests over 3 workers and 2 APIs, while 10 workers are killed, 3 are stopped for longer than their claims,
     Redis is killed and started again twice, all connections are cut 5 times, and an API is killed and started again.
     """
     rng = random.Random(0)
@@ -262,7 +279,7 @@ def test_nothing_is_lost_whatever_falls_over(zoo: Path, tmp_path: Path) -> None:
     with pool(zoo, tmp_path, workers=3, apis=2) as made, ThreadPoolExecutor(24) as threads:
         deadline = time.monotonic() + 360
         asked = [threads.submit(persistent, made, k, body, deadline) for k, body in enumerate(bodies)]
-        faults = ["kill"] * 10 + ["stop"] + ["redis"] * 2 + ["cut"] * 5 + ["api"]
+        faults = ["kill"] * 10 + ["stop"] * 3 + ["redis"] * 2 + ["cut"] * 5 + ["api"]
         rng.shuffle(faults)
         for k, fault in enumerate(faults):
             while sum(a.done() for a in asked) < len(asked) * (k + 1) // (len(faults) + 2):
@@ -287,6 +304,16 @@ def test_nothing_is_lost_whatever_falls_over(zoo: Path, tmp_path: Path) -> None:
         for body, answer, images in zip(bodies, answers, wanted, strict=True):
             assert pixels(answer) == images, body
         assert_tidy(made, [answer["id"] for answer in answers])
+        _until(lambda: metric(made, "drawwell_workers", state="ready") == 3, seconds=60)
+        for name in ("running_rows", "waiting_rows", "queued_units"):
+            _until(lambda name=name: metric(made, f"drawwell_{name}") == 0)
+
+
+def metric(made: Pool, name: str, **labels: str) -> float:
+    """Summed over all that have these labels, as any API tells."""
+    families = text_string_to_metric_families(made.client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
 
 def assert_tidy(made: Pool, ids: list[str]) -> None:
@@ -303,6 +330,7 @@ def assert_tidy(made: Pool, ids: list[str]) -> None:
         finals = [fields[b"f"] for _, fields in told].count(b"1")
         assert finals == 1, f"{job_id} was answered {finals} times"
         assert told[-1][1][b"f"] == b"1", "and nothing was told after that"
+        assert len(told) < 5000
     assert store.smembers("{drawwell}:queues") == set()
     assert store.hlen("{drawwell}:lines") == store.hlen("{drawwell}:waiting") == 0
     assert list(store.scan_iter("{drawwell}:q:*")) == []
@@ -360,7 +388,7 @@ def test_jobs_that_redis_has_forgotten_are_answered_at_once(zoo: Path, tmp_path:
         asked = threads.submit(made.client.post, "/generate", json={"model": "gan", "seed": 1})
         _until(lambda: bool(made.redis.zcard("{drawwell}:active")))
         began = time.monotonic()
-        made.server.flush()
+        made.server.forget()
         lost = asked.result()
         assert time.monotonic() - began < 5
         assert lost.status_code == 500
@@ -374,11 +402,47 @@ def test_a_worker_that_comes_back_from_a_pause_does_not_answer_twice(zoo: Path, 
         job_id = made.client.post("/generate", json=long, headers={"Prefer": "respond-async"}).json()["id"]
         _until(lambda: made.client.get(f"/jobs/{job_id}").json()["status"] == "running")
         with made.workers[0].stopped():
-            made.workers.append(WorkerProcess("second", zoo, tmp_path / "second.log", made.environment))
+            made.worker("second")
             _until(lambda: made.client.get(f"/jobs/{job_id}").json()["status"] == "done", seconds=60)
             answer = made.client.get(f"/jobs/{job_id}").json()["answer"]
         time.sleep(2)
         assert pixels(answer) == pixels(quiet)
+        assert_tidy(made, [job_id])
+
+
+def test_a_worker_that_is_told_to_end_hands_a_long_job_back(zoo: Path, tmp_path: Path) -> None:
+    """It is off the list of those that are ready first, has its time, and then another worker begins anew."""
+    with pool(zoo, tmp_path, workers=1, drain=0.5) as made:
+        long = {"model": "chain", "n": 8, "steps": 1000, "seed": 1}
+        quiet = made.client.post("/generate", json=long).json()
+        job_id = made.client.post("/generate", json=long, headers={"Prefer": "respond-async"}).json()["id"]
+        _until(lambda: made.client.get(f"/jobs/{job_id}").json()["status"] == "running")
+        began = time.monotonic()
+        made.workers[0].child.terminate()
+        _until(lambda: made.client.get("/readyz").status_code == 503)
+        assert made.workers[0].child.wait(20) == 0
+        assert time.monotonic() - began > 0.5
+        assert made.client.get(f"/jobs/{job_id}").json()["status"] == "queued"
+        made.worker("second")
+        _until(lambda: made.client.get(f"/jobs/{job_id}").json()["status"] == "done", seconds=60)
+        assert pixels(made.client.get(f"/jobs/{job_id}").json()["answer"]) == pixels(quiet)
+        assert made.redis.hmget(f"{{drawwell}}:job:{job_id}", "attempt", "deaths") == [b"1", b"0"]
+        assert_tidy(made, [job_id])
+
+
+def test_clocks_of_machines_may_differ_by_an_hour(zoo: Path, tmp_path: Path) -> None:
+    """A worker an hour ahead dies; one an hour behind takes its job over once the claim has run out."""
+    with pool(zoo, tmp_path, workers=1, ahead=HOUR) as made:
+        long = {"model": "chain", "n": 4, "steps": 600, "seed": 1, "timeout": 100}
+        quiet = made.client.post("/generate", json=long).json()
+        job_id = made.client.post("/generate", json=long, headers={"Prefer": "respond-async"}).json()["id"]
+        _until(lambda: made.client.get(f"/jobs/{job_id}").json()["status"] == "running")
+        made.workers[0].kill()
+        made.worker("behind", ahead=-HOUR)
+        _until(lambda: made.client.get(f"/jobs/{job_id}").json()["status"] == "done", seconds=60)
+        done = made.client.get(f"/jobs/{job_id}").json()["answer"]
+        assert pixels(done) == pixels(quiet)
+        assert CLAIM / 2 < done["usage"]["queue_seconds"] < 60
         assert_tidy(made, [job_id])
 
 

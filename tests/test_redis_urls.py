@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import ssl
 import subprocess
+import sys
 import time
+import traceback
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
@@ -192,7 +196,53 @@ async def test_with_sentinel_a_replica_takes_over_and_nothing_is_lost(tmp_path: 
                 await answered(broker, claims, "after")
 
 
-async def test_a_url_without_a_service_is_refused_without_telling_its_password() -> None:
-    with pytest.raises(ValueError, match=r"names no service after 'one:26379,two'") as refused:
-        RedisBroker("redis+sentinel://user:hush@one:26379,two", 100)
-    assert "hush" not in str(refused.value)
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("redis+sentinel://user:hush@one:26379,two", "names no service after its Sentinels"),
+        ("redis+sentinel://user:hu/sh@one:26379/pool", "are written as %2F"),
+        ("redis+sentinel://one,:26379x/pool", "names no host and port"),
+        ("redis+sentinel://user:hush@one/pool/first", "its database is 'first'"),
+        ("redis://:hu/sh@one:6379/0", "are written as %2F"),
+        ("redis://:hu#sh@one:6379/0", "are written as %2F"),
+        ("redis://:hu?sh@one:6379/0", "are written as %2F"),
+        ("redis://:hush", "names no host and port"),
+        ("redis://:hush@one:port/0", "names no host and port after the password"),
+        ("rediss://:hush@one:6379/first", "its database is 'first', not a number"),
+        ("http://:hush@one:6379/0", "begins with none of redis://, rediss://"),
+        ("hush", "begins with none of redis://, rediss://"),
+    ],
+)
+async def test_a_url_that_cannot_be_read_is_refused_without_telling_its_password(url: str, why: str) -> None:
+    for refusing in (lambda: RedisBroker(url, 100), lambda: RedisClaims(url, "w")):
+        with pytest.raises(ValueError, match=why) as refused:
+            refusing()
+        said = "".join(traceback.format_exception_only(refused.value))
+        assert refused.value.__cause__ is refused.value.__context__ is None
+        assert not {"hu", "sh", "hush"} & set(re.findall(r"\w+", said))
+
+
+def test_a_process_that_is_given_such_a_url_says_so_and_ends(tmp_path: Path) -> None:
+    environment = {**os.environ, "DRAWWELL_REDIS_URL": "redis://:hush/hush@one:6379/0"}
+    command = [sys.executable, "-m", "service", "worker", "--models", str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("python -m service: redis_url: / ? # and @ within")
+    assert "hush" not in ended.stderr + ended.stdout
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host",
+        "redis://user:p%40ss@[::1]:6379/0",
+        "rediss://host:6379/0?ssl_ca_certs=/a/b.pem",
+        "redis+sentinel://a:26379,b/pool/2?sentinel_password=x",
+    ],
+)
+async def test_urls_that_can_be_read(url: str) -> None:
+    await RedisBroker(url, 100).close()

@@ -34,17 +34,21 @@ local function wait_for_worker(id)
   redis.call('PEXPIRE', bell, 10000) -- whoever comes to wait later than that looks first
 end
 
+local function leave_queue(queue, place)
+  redis.call('ZREM', queue, place)
+  if redis.call('EXISTS', queue) == 0 then -- nobody waits, so nobody is owed anything
+    redis.call('DEL', queue .. ':given', queue .. ':clock')
+    redis.call('SREM', P .. 'queues', queue)
+  end
+end
+
 -- A job waits no longer. One that did not wait is no error.
 local function wait_no_longer(id)
   local stood = redis.call('HGET', P .. 'lines', id)
   if not stood then return end
   local line, steps, queue, place = unpack(cjson.decode(stood))
   redis.call('HDEL', P .. 'lines', id)
-  redis.call('ZREM', queue, place)
-  if redis.call('EXISTS', queue) == 0 then -- nobody waits, so nobody is owed anything
-    redis.call('DEL', queue .. ':given', queue .. ':clock')
-    redis.call('SREM', P .. 'queues', queue)
-  end
+  leave_queue(queue, place)
   if redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', -1) > 0 then
     redis.call('HINCRBY', P .. 'waiting', line .. ' steps', -steps)
   else
@@ -75,7 +79,7 @@ end
 local function give(stream, entry, id, worker, most)
   local key = job_key(id)
   local job = redis.call('HMGET', key, 'job', 'state', 'attempt', 'submitted', 'entry', 'cancelled', 'began', 'deaths',
-    'deaths_alone')
+    'deaths_alone', 'worker')
   if not job[1] or job[2] == 'ended' or job[5] ~= entry then
     redis.call('XACK', stream, 'workers', entry)
     redis.call('XDEL', stream, entry)
@@ -86,8 +90,11 @@ local function give(stream, entry, id, worker, most)
     return false
   end
   local time = now()
-  local attempt = tonumber(job[3]) + 1
   local deaths, alone = tonumber(job[8] or '0'), tonumber(job[9] or '0')
+  if job[2] == 'running' and job[10] == worker then -- it had been silent for too long, and is back
+    return {job[1], tonumber(job[3]), deaths, alone, time - job[4]}
+  end
+  local attempt = tonumber(job[3]) + 1
   if job[2] == 'running' and job[7] ~= '' then -- its worker stopped in the middle of it
     deaths = deaths + 1
     if job[7] == 'alone' then alone = alone + 1 end

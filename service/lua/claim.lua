@@ -36,6 +36,7 @@ for _, best in ipairs(found) do
   redis.call('ZREMRANGEBYSCORE', queue .. ':given', '-inf', clock) -- what was not asked for is not saved up
   redis.call('ZREMRANGEBYRANK', queue .. ':given', 0, -1001) -- of more tenants, those who were given the most
   wait_no_longer(id)
+  leave_queue(queue, place) -- whatever the books say: a place that stayed would come first for ever
   if redis.call('EXISTS', job_key(id)) == 1 then
     local stream = running_key(model)
     if redis.call('EXISTS', stream) == 0 then redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM') end

@@ -1,5 +1,5 @@
 -- prefix, most, idle ms -> how many jobs were ended because their time was over and nobody had ended them
--- And what is left of workers that are gone: a consumer without claims that has been silent for so long and announces
+-- And what is left of workers that are gone: their names; a consumer without claims that has been silent for so long and announces
 -- itself no longer; and streams that nobody reads.
 local late = redis.call('ZRANGEBYSCORE', P .. 'active', '-inf', now(), 'LIMIT', 0, ARGV[2])
 for _, id in ipairs(late) do
@@ -14,6 +14,9 @@ for _, id in ipairs(late) do
     end
     redis.call('ZREM', P .. 'active', id)
   end
+end
+for _, name in ipairs(redis.call('SMEMBERS', P .. 'workers')) do
+  if redis.call('EXISTS', P .. 'worker:' .. name) == 0 then redis.call('SREM', P .. 'workers', name) end
 end
 for _, stream in ipairs(redis.call('SMEMBERS', P .. 'streams')) do
   local left = 0

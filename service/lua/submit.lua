@@ -7,6 +7,7 @@ if same ~= '' then
     return known[1] == digest and {'known', known[2]} or {'taken'}
   end
 end
+if redis.call('EXISTS', job_key(id)) == 1 then return {'queued'} end -- asked again, since the answer was lost on its way
 local time = now()
 local queued = tonumber(redis.call('GET', P .. 'queued') or '0')
 if queued > 0 and queued + tonumber(units) > tonumber(limit) then
