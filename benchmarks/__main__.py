@@ -22,6 +22,7 @@ MODULES = {
     "broker": "benchmarks.broker",
     "cache": "benchmarks.cache",
     "sampling": "benchmarks.sampling",
+    "quality": "benchmarks.quality",
     "device": "benchmarks.device",
     "overhead": "benchmarks.overhead",
     "mixed": "benchmarks.mixed",

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import httpx
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks._frame import ROOT
@@ -189,10 +190,14 @@ def _wait_until_ready(server: Server, url: str, pid: int) -> None:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Of the child and of all that it has started in its session."""
+    """Of the child and of all that it has started, in whatever sessions: what is killed cannot end its own workers."""
+    below = psutil.Process(child.pid).children(recursive=True) if child.poll() is None else []
     child.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         child.wait(GRACE)
-    with suppress(ProcessLookupError):  # none of them is left
+    with suppress(ProcessLookupError):  # none of its own session is left
         os.killpg(child.pid, signal.SIGKILL)
+    for process in below:
+        with suppress(psutil.NoSuchProcess):  # nor this one
+            process.kill()
     child.wait()

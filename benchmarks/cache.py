@@ -8,6 +8,8 @@ H·W ticks of it, and then FORWARDS full forward passes of the same batch. The n
 times H·W·C: extrapolated, since its passes are all alike. What else it would do (draw from the logits) is left out, in
 its favour. Times are of the thread's processor, so that other work on the machine counts little.
 
+Steps are taken in C where there is a compiler (`models._native`), and in tensor operations, as where there is none.
+
 Agreement, on that many images drawn in batches of CROWD. Naive: given the pixels before it, would a full forward pass
 have drawn another level for a pixel? Alone: is an image that is drawn alone another one?
 
@@ -17,8 +19,10 @@ A family of which no checkpoint is there is measured untrained, with its default
 from __future__ import annotations
 
 import argparse
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ from torch import Tensor
 import models
 from benchmarks._frame import Bench, Results, alone
 from benchmarks._page import table
-from models import _checkpoint, pixel_transformer, pixelcnn
+from models import _checkpoint, _native, pixel_transformer, pixelcnn
 from models._codes import choose
 from models._protocol import UNLABELLED, Draw, ImageSpace
 
@@ -117,10 +121,13 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     if not bench.smallest:
         for model in loaded.values():  # a first batch of anything is slower
             compare(model, min(batches))
-    for number, (name, batch) in bench.interleaved([(name, batch) for name in loaded for batch in batches]):
+    cases = [(name, batch, native) for name in loaded for batch in batches for native in (True, False)]
+    for number, (name, batch, native) in bench.interleaved(cases):
         model = loaded[name]
-        cached, forward = compare(model, batch)
-        case = {"model": name, "family": model.spec.family, "batch": batch, "trained": (args.models / name).exists()}
+        with steps_in_c(native):
+            cached, forward = compare(model, batch)
+        about = {"model": name, "family": model.spec.family, "trained": (args.models / name).exists()}
+        case = {**about, "batch": batch, "in_c": native}
         bench.record(case, number, "s", batch, cached=cached.cpu, cached_wall=cached.wall, forward=forward.cpu)
         bench.record(case, number, "images/s", batch, speed=batch / cached.cpu)
         bench.record(case, number, "ratio", speed_up=model.spec.image.dims * forward.cpu / cached.cpu)
@@ -131,18 +138,43 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
             bench.record({"model": name}, 0, "images", args.agreement, other_alone=others)
 
 
+@contextmanager
+def steps_in_c(wanted: bool) -> Iterator[None]:
+    """Whether families may take their steps so."""
+    before = os.environ.get("DRAWWELL_NATIVE")
+    if not wanted:
+        os.environ["DRAWWELL_NATIVE"] = "0"
+    _native.library.cache_clear()
+    try:
+        yield
+    finally:
+        os.environ.pop("DRAWWELL_NATIVE", None)
+        if before is not None:
+            os.environ["DRAWWELL_NATIVE"] = before
+        _native.library.cache_clear()
+
+
 def page(results: Results) -> dict[str, str]:
     rows = []
-    for name, batch, trained in results.cases("model", "batch", "trained"):
-        case = {"model": name, "batch": batch}
+    for name, batch, in_c, trained in sorted(results.cases("model", "batch", "in_c", "trained"), key=lambda c: c[0]):
+        case = {"model": name, "batch": batch, "in_c": in_c}
         numbers = (
             results.text("cached", **case),
             results.text("speed", **case),
             results.text("forward", 1000, **case),
             results.text("speed_up", **case),
         )
-        rows.append((name if trained else f"{name} (untrained)", str(batch), *numbers))
-    header = ("model", "batch", "cached, s a batch", "images/s", "a full forward, ms", "speed-up over naive ↑")
+        steps = "C" if in_c else "tensor operations"
+        rows.append((name if trained else f"{name} (untrained)", str(batch), steps, *numbers))
+    header = (
+        "model",
+        "batch",
+        "steps in",
+        "cached, s a batch",
+        "images/s",
+        "a full forward, ms",
+        "speed-up over naive ↑",
+    )
     lines = [
         f"{name}: of {results.samples('drawn_otherwise', model=name)} images, the naive sampler draws "
         f"{results.text('drawn_otherwise', model=name)} pixels otherwise, and "

@@ -1,6 +1,6 @@
 """Sampling: images per second of each family at batch 1, 16 and 64, against its naive loop in eager float32.
 
-    python -m benchmarks.sampling [--minutes 15] [--quality]
+    python -m benchmarks.sampling [--minutes 15]
 
 Naive. Where a family draws pixel by pixel: a full forward pass for every pixel, extrapolated from a few, as their
 costs are all alike (`benchmarks.cache`). Elsewhere: `init`, `step` … `step`, `image` over the batch as torch does by
@@ -9,14 +9,12 @@ itself. In one process, with one thread or with one for each core: whichever is 
 Ours is what one machine draws when each core has a process of one thread, as the server's workers do: the sum over all
 of them while all of them draw. The ways are those in which the server can run a network (`benchmarks._ways`).
 
---quality: beside it FD-local of 1,000 samples of each way, with what as many real images reach (it needs the data:
-DRAWWELL_DATA or --data-dir).
+That they draw as well is for `benchmarks.quality` to show.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -26,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks._frame import Bench, Results, alone, quotient, turned
@@ -41,7 +38,6 @@ from training.measure import draws
 WEIGHT = 5.0
 BATCHES = (1, 16, 64)
 LEAST, MOST = 0.5, 20.0  # seconds of a window
-SAMPLES, QUALITY_BATCH = 1000, 50
 STARTING = 6.0  # seconds, about, until processes have loaded torch and a model
 CORES = os.cpu_count() or 1
 
@@ -50,8 +46,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoints", nargs="+", help="names of folders in --models (default: all of them)")
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to run the networks")
-    parser.add_argument("--quality", action="store_true", help="also FD-local of samples drawn in each way")
-    parser.add_argument("--data-dir", type=Path, help="where the data lie (default: DRAWWELL_DATA)")
 
 
 def run(bench: Bench, args: argparse.Namespace) -> None:
@@ -60,11 +54,10 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.models}: no model there (a folder with a model.json)")
     batches = args.batch[:1] if bench.smallest else args.batch
     ways = args.ways[:1] if bench.smallest else args.ways
-    seconds = 0.6 * bench.seconds if args.quality else bench.left
     # Of each model and batch, two windows of the naive loop and one of each way; processes are started for each way.
     windows, starts = len(names) * len(batches) * (2 + len(ways)), len(names) * len(ways)
-    window = bench.window(windows, LEAST, MOST, STARTING * starts, good=1.0, seconds=seconds)
-    for number, name in bench.interleaved(names, seconds):
+    window = bench.window(windows, LEAST, MOST, STARTING * starts, good=1.0)
+    for number, name in bench.interleaved(names):
         folder = args.models / name
         model = _checkpoint.load(folder)
         bench.record({"model": name}, number, "steps", steps=model.spec.steps.default)
@@ -75,11 +68,6 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
         for way in turned(ways, number):
             for batch, rate in every_core(folder, way, batches, window).items():
                 bench.record({"model": name, "batch": batch, "way": way}, number, "images/s", batch, ours=rate)
-    if args.quality:
-        samples = 64 if bench.smallest else SAMPLES
-        for name, way in [(name, way) for name in names for way in ways]:
-            found = quality(args.models / name, way, samples, args.data_dir)
-            bench.record({"model": name, "way": way}, 0, "squared distance", samples, **found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- speed
@@ -162,35 +150,6 @@ def _draw(folder: Path, way: str, batches: Sequence[int], seconds: float, start:
     answers.put(rates)
 
 
-# -------------------------------------------------------------------------------------------------------------- quality
-
-
-def quality(folder: Path, way: str, samples: int, data_dir: Path | None) -> dict[str, float]:
-    """FD-local of samples drawn in a way, and of as many real images, against as many training images."""
-    from training import data as datasets
-    from training.evaluate import matched
-    from training.features import feature_space
-    from training.measure import sample
-    from training.quality import frechet_distance
-
-    about = json.loads((folder / _checkpoint.ABOUT).read_text(encoding="utf-8"))
-    data = datasets.load(about["data"]["name"], data_dir)
-    space = feature_space(data)
-    model = prepared(folder, way, QUALITY_BATCH)
-    asked = draws(model.spec, samples, 1, data.splits["test"].captions)
-    drawn = sample(model, asked, QUALITY_BATCH)
-    labels = np.array([draw.label for draw in asked])
-    real, *others = (
-        space.describe(data.splits["train"].x[i]).features for i in matched(data.splits["train"], labels, 4)
-    )
-    floor = [frechet_distance(real, other) for other in others]
-    return {
-        "fd_local": frechet_distance(real, space.describe(drawn).features),
-        "fd_local_real": float(np.mean(floor)),
-        "fd_local_real_spread": float(np.ptp(floor)),
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------------- page
 
 
@@ -202,24 +161,7 @@ def page(results: Results) -> dict[str, str]:
         speeds = (results.text("ours", **case, way=way), results.text("naive", **case), quotient(ours, slow))
         steps = f"{results.values('steps', model=name)[0]:.0f}"
         rows.append((name, steps, str(batch), way, *speeds))
-    parts = [table(("model", "steps", "batch", "way", "images/s ↑", "naive", "speed-up ↑"), rows)]
-    found = [
-        (name, way) for name, way in results.cases("model", "way") if results.values("fd_local", model=name, way=way)
-    ]
-    if found:
-        numbers = ("fd_local", "fd_local_real", "fd_local_real_spread")
-        quality_rows = [
-            (
-                name,
-                way,
-                str(results.samples("fd_local", model=name, way=way)),
-                *(results.text(m, model=name, way=way) for m in numbers),
-            )
-            for name, way in found
-        ]
-        header = ("model", "way", "samples", "FD-local ↓", "of real images", "their least to most")
-        parts.append(table(header, quality_rows))
-    return {"sampling": "\n".join(parts)}
+    return {"sampling": table(("model", "steps", "batch", "way", "images/s ↑", "naive", "speed-up ↑"), rows)}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models._nn import at_least
+
 
 class SelfAttention(nn.Module):
     """x + γ · attention(x) over all positions, γ = 0 at first (arXiv 1805.08318, eq. 1–3). (B, C, H, W) -> the same."""
@@ -34,14 +36,14 @@ class SelfAttention(nn.Module):
 
 
 class ConditionalNorm(nn.Module):
-    """Layer norm over (C, H, W) of each row; gain and bias per channel are a linear map of the code (B, code)."""
+    """Layer norm over (C, H, W) of each row; gain and bias per channel are a linear map of the code (≥ B, code)."""
 
     def __init__(self, channels: int, code: int) -> None:
         super().__init__()
         self.affine = nn.Linear(code, 2 * channels)
 
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        affine: Tensor = self.affine(code)[:, :, None, None]
+        affine: Tensor = self.affine(code)[: x.shape[0], :, None, None]
         gain, bias = affine.chunk(2, dim=1)  # (B, C, 1, 1) each
         normed: Tensor = F.group_norm(x, 1)
         return normed * (1 + gain) + bias
@@ -127,7 +129,12 @@ class ResidualGenerator(nn.Module):
         """z (B, latent), labels (B,) all given where there are classes, temperature (B,) -> (B, C, H, W)."""
         z = z if temperature is None else z * temperature[:, None]
         code = z if self.embedding is None else torch.cat([z, self.embedding(labels)], dim=1)
-        h = self.start(code).view(-1, *self.start_shape).contiguous(memory_format=torch.channels_last)
+        asked, rows, code = (
+            z.shape[0],
+            at_least(2, z).shape[0],
+            at_least(4, code),
+        )  # so an image alone comes out the same
+        h = self.start(code)[:rows].view(-1, *self.start_shape).contiguous(memory_format=torch.channels_last)
         for i, stage in enumerate(self.stages):
             h = stage(F.pixel_shuffle(h, 2) if i else h, code)
-        return torch.tanh(h)
+        return torch.tanh(h)[:asked]

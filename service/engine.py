@@ -5,9 +5,9 @@ together in one batch, at whatever ticks they stand. The scheduler says who step
 of a job.
 
 Exactness: a row's floats must not depend on how many others step with it, but matrix products and convolutions choose
-their order of summation by size. So a batch is filled up with copies of its last row, to a multiple of
-`_rows.ROW_MULTIPLE`, or, where a measurement at load shows that those sizes too differ, always to one canonical size.
-With `determinism="pixels"` drawing is content with batches whose 8-bit images were the same in that measurement.
+their order of summation by size. So a batch is filled up with copies of its last row, to sizes for which a measurement
+at load saw every float agree (`service.warmup`). With `determinism="pixels"` drawing is content with batches whose
+8-bit images were the same in that measurement.
 
 Isolation: a step that raises is taken again row by row, and only the jobs of the rows that raise fail; a row whose
 result is not finite fails alone.
@@ -21,9 +21,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 
 from models import _rows
@@ -42,13 +40,12 @@ from service.messages import (
     Started,
     Task,
 )
-from service.programs import Drawing, DrawRow, Program, ScoreRow, programs
+from service.programs import DrawRow, Program, ScoreRow, programs
 from service.scheduler import Load, Plan, Row, Scheduler, Ticket
+from service.warmup import Tried, tried
 
 log = logging.getLogger(__name__)
 
-CANONICAL_ROWS = 16  # of every batch on a CPU, where sizes are not alike
-LOOKED_AT = 4  # steps after which images are compared, where pixels decide
 PROGRESS_EVERY = 0.25  # seconds between progress messages of a job, previews apart
 
 # Task -> what it is called, and why a model cannot do it.
@@ -105,15 +102,15 @@ class Engine:
         """
         lanes = []
         for program in programs(model, drawing):
-            with torch.inference_mode():
-                lane = self._warmed(program)
-                lane.seconds_per_step = {rows: self._time(lane, rows) for rows in sorted({1, lane.max_rows})}
-                lanes.append(lane)
+            lanes.append(_Lane(program, tried(program, self._device, self._max_rows, self._determinism, self._clock)))
         draws = lanes[0]
         draws.precision = execution.precision
-        seconds = {str(rows): seconds for rows, seconds in draws.seconds_per_step.items()}
         told = dataclasses.replace(
-            execution, determinism=self._determinism, filled_to=draws.multiple, seconds_per_step=seconds
+            execution,
+            determinism=self._determinism,
+            filled_to=draws.tried.multiple,
+            unfilled=sorted(draws.tried.alike),
+            seconds_per_step={str(rows): draws.tried.step_seconds(rows) for rows in sorted({1, draws.tried.max_rows})},
         )
         return Warm(model, tuple(lanes), told)
 
@@ -140,8 +137,9 @@ class Engine:
         name = f"{model_id}@{served.version}/{kind}"
         while name in self._lanes:  # rows of it may still run
             name += "'"
-        for rows, seconds in lane.seconds_per_step.items():
-            self._scheduler.prepare(name, lane.max_rows, max(rows, lane.multiple), seconds)
+        few, many = lane.tried.multiple, lane.tried.max_rows
+        for rows in sorted({few, max(few, many)}):
+            self._scheduler.prepare(name, many, rows, lane.tried.step_seconds(rows))
         self._lanes[name] = lane
         served.lanes[kind] = name
 
@@ -158,32 +156,6 @@ class Engine:
         """Take no new jobs for a model; those that run go on to their end."""
         self._models.pop(model_id, None)
         self._retire()
-
-    def _warmed(self, program: Program) -> _Lane:
-        """A lane for the program, which fills batches up to sizes for which a row was seen to come out the same."""
-        few, top = _rows.ROW_MULTIPLE, max(_rows.ROW_MULTIPLE, self._max_rows)
-        rows = program.warm(top)
-        if self._determinism == "pixels" and isinstance(program, Drawing):
-            expected = _shown(program, rows, top)
-            if all(np.array_equal(_shown(program, rows, size), expected[:size]) for size in (1, 2, 3, few)):
-                return _Lane(program, multiple=1, max_rows=self._max_rows)
-        whole = program.step(_rows.take(rows, range(top)))
-        for size in {few, min(2 * few, top), min(4 * few, top)}:
-            seen = program.step(_rows.take(rows, range(size)))
-            if not _rows.equal(_rows.take(seen, range(few)), _rows.take(whole, range(few))):
-                canonical = top if self._device.type == "cuda" else min(top, CANONICAL_ROWS)
-                log.info(
-                    "%s %s: floats depend on the batch size; every batch has %d rows", program.name, size, canonical
-                )
-                return _Lane(program, multiple=canonical, max_rows=canonical)
-        return _Lane(program, multiple=few, max_rows=self._max_rows)
-
-    def _time(self, lane: _Lane, rows: int) -> float:
-        """Seconds of a step over so many rows."""
-        fresh = lane.filled(lane.program.warm(rows))
-        began = self._clock()
-        lane.program.result(lane.program.step(fresh))
-        return self._clock() - began
 
     def _retire(self) -> None:
         """Let go of the lanes that take no more jobs, once idle."""
@@ -453,29 +425,18 @@ class _Served:
     lanes: dict[str, str] = field(default_factory=dict)  # what is done with it -> the lane's name
 
 
-def _shown(program: Drawing, rows: Rows, size: int) -> Any:
-    """The 8-bit images of the first `size` of the rows after a few steps."""
-    first = _rows.take(rows, range(size))
-    for _ in range(LOOKED_AT):
-        if int(first.left.min()) > 0:
-            first = program.step(first)
-    return np.stack([np.zeros(0, np.uint8) if image is None else image for image in program.result(first)])
-
-
 @dataclass
 class _Lane:
     program: Program
-    multiple: int  # of rows that a batch is filled up to
-    max_rows: int
+    tried: Tried
     ids: list[Row] = field(default_factory=list)  # whose rows `rows` begins with; copies of the last fill it up
     rows: Rows | None = None
     precision: Precision = "float32"
-    seconds_per_step: dict[int, float] = field(default_factory=dict)  # by rows, before it served
     left: list[int] = field(default_factory=list)  # of `ids`: lower bounds of the steps left, kept on the host
 
     def filled(self, rows: Rows) -> Rows:
         """Filled up with copies of the last row to a size for which floats do not depend on the size."""
-        return _rows.pad(rows, -(-_rows.count(rows) // self.multiple) * self.multiple)
+        return _rows.pad(rows, self.tried.size(_rows.count(rows)))
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +28,7 @@ class Execution:
     filled_to: int = 1  # rows: a batch is filled up to a multiple of it
     seconds_per_step: Mapping[str, float] = field(default_factory=dict)  # by rows; measured when the model was loaded
     not_chosen: Mapping[str, str] = field(default_factory=dict)  # other modes that were asked for, and why not
+    unfilled: Sequence[int] = ()  # rows of batches that are not filled up all the same
 
 
 def modes_in(text: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models import _random
 from models._modes import example_draws
-from models._protocol import UNLABELLED, Density, Draw, Localiser, MapRows, Model, Rows
+from models._protocol import UNLABELLED, Density, Draw, Localiser, MapRows, Model, Rows, Score
 from service.messages import Generate, ImageDone, MapImages, Mapped, Pixels, Scored, ScoreImages
 
 
@@ -50,15 +51,21 @@ class Program(abc.ABC):
     def rows_of(self, task: Any) -> list[DrawRow] | list[ScoreRow]:
         """What each row of a job is to do."""
 
+    has_plain = False  # whether there are requests without a condition, beside those with one
+
     @abc.abstractmethod
-    def warm(self, rows: int) -> Rows:
-        """Some rows at tick 0, to warm up with."""
+    def warm(self, rows: int, plain: bool = False) -> Rows:
+        """Some rows at tick 0, to warm up with; plain ones have no condition."""
 
     @abc.abstractmethod
     def init(self, tasks: Sequence[Any]) -> Rows: ...
 
     @abc.abstractmethod
     def step(self, rows: Rows) -> Rows: ...
+
+    @abc.abstractmethod
+    def floats(self, rows: Rows) -> Tensor:
+        """(B, ...) all that a result is made of."""
 
     @abc.abstractmethod
     def result(self, rows: Rows) -> list[Any]:
@@ -74,6 +81,7 @@ class Drawing(Program):
 
     def __init__(self, model: Model) -> None:
         self._model = model
+        self.has_plain = model.spec.guidance_scale is not None
 
     def rows_of(self, task: Generate) -> list[DrawRow]:
         spec = self._model.spec
@@ -102,8 +110,11 @@ class Drawing(Program):
             for k in range(task.n)
         ]
 
-    def warm(self, rows: int) -> Rows:
-        return self._model.init(example_draws(self._model.spec, rows))
+    def warm(self, rows: int, plain: bool = False) -> Rows:
+        asked = example_draws(self._model.spec, rows)
+        if plain:
+            asked = [replace(draw, label=UNLABELLED, prompt=None) for draw in asked]
+        return self._model.init(asked)
 
     def init(self, tasks: Sequence[DrawRow]) -> Rows:
         return self._model.init([task.draw for task in tasks])
@@ -111,8 +122,11 @@ class Drawing(Program):
     def step(self, rows: Rows) -> Rows:
         return self._model.step(rows)
 
+    def floats(self, rows: Rows) -> Tensor:
+        return self._model.image(rows)
+
     def result(self, rows: Rows) -> list[Pixels | None]:
-        images = self._model.image(rows)
+        images = self.floats(rows)
         finite = images.isfinite().flatten(1).all(1).tolist()
         pixels = (images.nan_to_num() * 255).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy()
         return [p if ok else None for p, ok in zip(pixels, finite, strict=True)]
@@ -134,8 +148,8 @@ class Scoring(Program):
             return _rows_of(self._model, task, 1, 1)
         return _rows_of(self._model, task, likelihood.network_evaluations_per_step, likelihood.steps)
 
-    def warm(self, rows: int) -> Rows:
-        return self._density.score_init(*_black(self._model, rows))
+    def warm(self, rows: int, plain: bool = False) -> Rows:
+        return self._density.score_init(*_pictures(self._model, rows))
 
     def init(self, tasks: Sequence[ScoreRow]) -> Rows:
         return self._density.score_init(*_asked(self._model, tasks))
@@ -143,13 +157,13 @@ class Scoring(Program):
     def step(self, rows: Rows) -> Rows:
         return self._density.score_step(rows)
 
+    def floats(self, rows: Rows) -> Tensor:
+        score = self._density.score(rows)
+        return torch.stack([*_columns(score).values(), *score.statistics.values()], dim=1).double()
+
     def result(self, rows: Rows) -> list[dict[str, Any] | None]:
         score = self._density.score(rows)
-        columns: dict[str, Tensor] = {
-            name: value
-            for name, value in (("log_prob", score.log_prob), ("energy", score.energy), ("stderr", score.stderr))
-            if value is not None
-        }
+        columns = _columns(score)
         names, statistics = list(columns), list(score.statistics)
         table = torch.stack([*columns.values(), *score.statistics.values()], dim=1).double().cpu().tolist()
         results: list[dict[str, Any] | None] = []
@@ -183,8 +197,8 @@ class Localising(Program):
         likelihood = self._model.spec.likelihood
         return _rows_of(self._model, task, 1 if likelihood is None else likelihood.heatmap_evaluations, 1)
 
-    def warm(self, rows: int) -> Rows:
-        return self._localiser.map_init(*_black(self._model, rows))
+    def warm(self, rows: int, plain: bool = False) -> Rows:
+        return self._localiser.map_init(*_pictures(self._model, rows))
 
     def init(self, tasks: Sequence[ScoreRow]) -> Rows:
         return self._localiser.map_init(*_asked(self._model, tasks))
@@ -192,6 +206,10 @@ class Localising(Program):
     def step(self, rows: Rows) -> Rows:
         assert isinstance(rows, MapRows)
         return self._localiser.map_step(rows)
+
+    def floats(self, rows: Rows) -> Tensor:
+        assert isinstance(rows, MapRows)
+        return rows.surprise
 
     def result(self, rows: Rows) -> list[NDArray[np.float32] | None]:
         assert isinstance(rows, MapRows)
@@ -224,9 +242,18 @@ def _rows_of(model: Model, task: ScoreImages | MapImages, evaluations: int, tick
     return [ScoreRow(image, label, evaluations, ticks) for image, label in zip(task.images, task.labels, strict=True)]
 
 
-def _black(model: Model, rows: int) -> tuple[Tensor, Tensor]:
-    x = torch.zeros(rows, *model.spec.image.shape, device=model.device)
-    return x, torch.full((rows,), UNLABELLED, device=x.device)
+def _columns(score: Score) -> dict[str, Tensor]:
+    """What a density says of an image, besides its statistics, each (B,)."""
+    known = (("log_prob", score.log_prob), ("energy", score.energy), ("stderr", score.stderr))
+    return {name: value for name, value in known if value is not None}
+
+
+def _pictures(model: Model, rows: int) -> tuple[Tensor, Tensor]:
+    """Noise, the same every time: sums of what is black everywhere would be alike in any order."""
+    shape, device = model.spec.image.shape, model.device
+    seed = torch.arange(rows, device=device)
+    x = (_random.uniform(seed, torch.zeros_like(seed), 0, 0, shape) * 255).round() / 255
+    return x, torch.full((rows,), UNLABELLED, device=device)
 
 
 def _asked(model: Model, tasks: Sequence[ScoreRow]) -> tuple[Tensor, Tensor]:

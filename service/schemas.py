@@ -391,6 +391,7 @@ class Execution(Answer):
     filled_to: int = Field(description="rows: a batch is filled up to a multiple of it")
     seconds_per_step: dict[str, float] = Field(description="by rows; measured when the model was loaded")
     not_chosen: dict[str, str] = Field(description="other modes that were asked for, and why they are not used")
+    unfilled: list[int] = Field(description="rows of batches that are not filled up all the same")
 
 
 class LaneCost(Answer):

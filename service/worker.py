@@ -38,6 +38,7 @@ from service.window import Window
 log = logging.getLogger(__name__)
 
 TELL_EVERY = 1.0  # seconds between announcements of the load, while there is any
+QUIET = 0.05  # seconds without a command after which the load's end is announced: it would keep the answer waiting
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Worker:
         self._window = Window(max_rows)
         self._held: dict[str, Job] = {}
         self._announced = 0.0  # when, on the clock
+        self._untold = False  # whether the load is another one since
         self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
         self._talk: _Talk | None = None
         self._spans = tracing.JobSpans()
@@ -136,11 +138,20 @@ class Worker:
         return True
 
     def _commands(self, wait: bool) -> list[_Command]:
-        commands = [self._inbox.get()] if wait else []
+        commands = [self._next()] if wait else []
         with contextlib.suppress(queue.Empty):
             while True:
                 commands.append(self._inbox.get_nowait())
         return commands
+
+    def _next(self) -> _Command:
+        """The next command, whenever it comes; the load is told before, once it is quiet."""
+        if self._untold:
+            try:
+                return self._inbox.get(timeout=QUIET)
+            except queue.Empty:
+                self._announce()
+        return self._inbox.get()
 
     def _obey(self, command: _Command) -> None:
         if isinstance(command, _NewJob):
@@ -227,13 +238,14 @@ class Worker:
             self._talk.publish(self._outbox)
             self._outbox = {}
             self._claim()
-            if not self._held or time.monotonic() - self._announced > TELL_EVERY:
-                self._announce()
+            self._untold = True
+        if self._untold and time.monotonic() - self._announced > TELL_EVERY:
+            self._announce()
 
     def _announce(self) -> None:
         assert self._talk is not None
         ready = self._residency.ready and self._ends_at is None
-        self._announced = time.monotonic()
+        self._announced, self._untold = time.monotonic(), False
         models = dict(self._residency.states)
         draining = self._ends_at is not None
         state = WorkerState(self._name, self._device, ready, models, self._engine.load(), len(self._held), draining)

@@ -48,7 +48,7 @@ def test_a_model_is_resident_where_some_worker_has_it_in_memory(api: Api) -> Non
 async def test_how_a_model_draws_is_told_of_the_version_in_service(api: Api) -> None:
     version = api.catalog.entry("gan", []).version
     assert version is not None
-    fast = Execution("compile", "bfloat16", "pixels", 16, {"1": 0.1}, {"onnx": "slower"})
+    fast = Execution("compile", "bfloat16", "pixels", 16, {"1": 0.1}, {"onnx": "slower"}, [1])
     states = [ModelState("ready", "another"), ModelState("ready", version.sha256, execution=fast)]
     api.broker.states = [ready_worker(gan=state) for state in states]
     shown = (await api.get("/models/gan")).json()["execution"]
@@ -59,6 +59,7 @@ async def test_how_a_model_draws_is_told_of_the_version_in_service(api: Api) -> 
         "filled_to": 16,
         "seconds_per_step": {"1": 0.1},
         "not_chosen": {"onnx": "slower"},
+        "unfilled": [1],
     }
     (worker,) = [state_in(dataclasses.asdict(w)) for w in api.broker.states[1:]]
     assert worker == api.broker.states[1], "as it comes from a worker"

@@ -443,6 +443,42 @@ def test_some_run_at_their_smallest_size(tmp_path: Path) -> None:
     assert [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])] == []
 
 
+def test_our_server_is_set_beside_the_best_peer_in_each_number(tmp_path: Path) -> None:
+    """Which may be another one for each; what never came is no best number."""
+    made, _ = bench(tmp_path, 0.0)
+    found = {"drawwell": (8.0, 0.2, 1.0), "litserve": (8.0, 3.0, 0.9), "rayserve": (10.0, math.inf, 2.0)}
+    for number in range(3):
+        for server, (capacity, short, long) in found.items():
+            made.record({"server": server}, number, "requests/s", capacity=capacity)
+            for job, p95 in (("10 steps", short), ("200 steps", long)):
+                made.record({"server": server, "load": 0.8, "job": job}, number, "s", p50=p95, p95=p95)
+    table = MODULES["peers"].verdict(Results.read(made.save()))
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()[2:]]
+    assert [(row[3], row[5], row[7]) for row in rows] == [
+        ("Ray Serve", "0.800", "no"),  # capacity: 1.0 at least
+        ("LitServe", "0.0667", "yes"),  # p95 of short ones: a tenth at most
+        ("LitServe", "1.11", "no"),  # of long ones: 1.1 at most
+    ]
+    assert MODULES["peers"].page(Results.read(made.save()))["peers"].startswith(table)
+
+
+def test_a_server_s_end_is_that_of_its_workers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that does not end when it is told to, and whose worker has a session of its own."""
+    monkeypatch.setattr(_servers, "GRACE", 0.2)
+    worker = (
+        "import subprocess, time; print(subprocess.Popen(['sleep', '600'], start_new_session=True).pid, flush=True)"
+    )
+    stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {worker}; time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True)
+    assert child.stdout is not None
+    with child.stdout as told:
+        below = psutil.Process(int(told.readline()))
+    _servers._end(child)
+    assert child.returncode is not None
+    psutil.wait_procs([below], timeout=10)
+    assert not below.is_running() or below.status() == psutil.STATUS_ZOMBIE
+
+
 def test_peers_draw_what_the_models_draw(tmp_path: Path) -> None:
     """In a batch with requests of other lengths, joined either way, each as soon as it is finished."""
     write(tmp_path, "d", "ddpm", DDPM)

@@ -11,8 +11,9 @@ from test_families import TINY, draws, make, pixels  # noqa: F401 (a fixture)
 from toys import Config, Walk, WalkRows
 
 from models._protocol import UNLABELLED, Model
-from service.engine import CANONICAL_ROWS, Engine
+from service.engine import Engine
 from service.messages import Completed, Generate, Message
+from service.warmup import CANONICAL_ROWS
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -58,16 +59,18 @@ class Loose(Walk):
 
 
 @pytest.mark.parametrize(
-    ("determinism", "by", "filled_to"),
+    ("determinism", "by", "filled_to", "alone"),
     [
-        ("exact", 0.0, 4),
-        ("exact", 1e-7, CANONICAL_ROWS),
-        ("pixels", 0.0, 1),
-        ("pixels", 1e-9, 1),
-        ("pixels", 0.3, CANONICAL_ROWS),
+        ("exact", 0.0, 4, 1),
+        ("exact", 1e-7, CANONICAL_ROWS, CANONICAL_ROWS),
+        ("pixels", 0.0, 1, 1),
+        ("pixels", 1e-9, 1, 1),
+        ("pixels", 0.3, CANONICAL_ROWS, CANONICAL_ROWS),
     ],
 )
-def test_batches_are_filled_up_as_far_as_was_seen_to_be_needed(determinism: str, by: float, filled_to: int) -> None:
+def test_batches_are_filled_up_as_far_as_was_seen_to_be_needed(
+    determinism: str, by: float, filled_to: int, alone: int
+) -> None:
     desk = Desk(max_rows=32, determinism=determinism)
     loose = Loose(Config(), SPACE)
     loose.by, loose.seen = by, []
@@ -77,10 +80,10 @@ def test_batches_are_filled_up_as_far_as_was_seen_to_be_needed(determinism: str,
     loose.seen.clear()
     desk.engine.submit("a", "walk", Generate(1, seed=1, steps=5))
     desk.run()
-    assert set(loose.seen) == {filled_to}
+    assert set(loose.seen) == {alone}
 
 
 def test_scores_are_exact_whatever_the_setting() -> None:
     desk = Desk(determinism="pixels")
     scoring = desk.engine.warm("walk", Walk(Config(), SPACE)).lanes[1]
-    assert scoring.multiple >= 4
+    assert scoring.tried.multiple >= 4

@@ -330,6 +330,20 @@ def test_the_critic_judges_each_image_by_itself(config: gan.Config, space: Image
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7])
+def test_an_image_is_the_same_to_the_last_bit_in_any_batch(n: int) -> None:
+    """So that the service need not fill up a lone one with others."""
+    space = ImageSpace(28, 28, 1, SPACE.labels)
+    m = model(
+        dataclasses.replace(
+            TINY, latent=64, embedding=32, generator_channels=(16, 64, 96), critic_channels=(8, 8, 8), blocks=(0, 0, 1)
+        ),
+        space,
+    )
+    draws = [Draw(seed=k, sample=0, steps=1, label=k % 3) for k in range(16)]
+    assert torch.equal(draw(m, *draws[:n]), draw(m, *draws)[:n])
+
+
 @pytest.mark.parametrize(("config", "space"), SHAPES)
 def test_alone_is_as_in_a_crowd(config: gan.Config, space: ImageSpace) -> None:
     m = model(config, space).eval()

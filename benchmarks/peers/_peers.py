@@ -85,11 +85,8 @@ def _uvicorn(python: str, port: int) -> list[str]:
 
 def _batches(**waits: str) -> tuple[Mapping[str, str], ...]:
     """Sizes of a batch, and what is joined to one; a batch of one is the same either way."""
-    return tuple(
-        {"PEER_BATCH": str(size), "PEER_JOIN": join, **waits}
-        for size, join in product(SIZES, ("any", "steps"))
-        if size > 1 or join == "any"
-    )
+    kinds = [(size, join) for join, size in product(("any", "steps"), SIZES) if size > 1 or join == "any"]
+    return tuple({"PEER_BATCH": str(size), "PEER_JOIN": join, **waits} for size, join in kinds)
 
 
 PEERS = {

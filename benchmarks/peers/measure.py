@@ -14,11 +14,13 @@ Each has as many processes as there are cores, of one thread each; all compute i
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._frame import Bench, Results, alone
+from benchmarks._frame import Bench, Results, alone, quotient
 from benchmarks._load import Job, Phase
 from benchmarks._page import table
 from benchmarks._servers import STARTING, Running, Server, drawwell, of_variants, running, subset, variants
@@ -33,6 +35,9 @@ SHORT, LONG = "10 steps", "200 steps"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), help="default: all that are set up")
+    parser.add_argument(
+        "--loads", nargs="+", type=float, default=list(LOADS), help="parts of the best peer's capacity that arrive"
+    )
     variants(parser)
 
 
@@ -47,15 +52,13 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
         ours = [drawwell(folder, name=name, environment=given) for name, given in settings.items()]
         theirs, capacity = _tuned(bench, names, folder)
         servers = [*ours, *theirs]
-        window = bench.window(_WINDOWS * len(servers), LEAST, MOST, STARTING * len(servers))
+        # Saturation with half a window to warm up; the loads, and up to as long again until the last answers are there;
+        # the same of the GAN in half the time; and its single client.
+        windows = 1.5 + 2 * len(args.loads) + 1.5 * 0.5 + 0.5
+        window = bench.window(windows * len(servers), LEAST, MOST, STARTING * len(servers))
         for number, server in bench.interleaved(servers):
             with running(server, *steps_mix(), _gan()) as started:
-                _side(bench, number, started, capacity, window)
-
-
-# Saturation with half a window to warm up; three loads, and up to as long again until the last answers are there; the
-# same of the GAN in half the time; and its single client.
-_WINDOWS = 1.5 + 2 * len(LOADS) + 1.5 * 0.5 + 0.5
+                _side(bench, number, started, args.loads, capacity, window)
 
 
 def _gan() -> Job:
@@ -91,12 +94,12 @@ def described(setting: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in words.items()) or "as it is"
 
 
-def _side(bench: Bench, number: int, server: Running, capacity: float, window: float) -> None:
+def _side(bench: Bench, number: int, server: Running, loads: Sequence[float], capacity: float, window: float) -> None:
     """All that is asked of one server in a round."""
     name = server.server.name
     outcome = server.phase(closed(steps_mix(), window))
     bench.record({"server": name}, number, "requests/s", len(outcome.completed()), capacity=outcome.capacity)
-    for load in LOADS:
+    for load in loads:
         seed = 1000 * number + int(100 * load)  # the same arrivals for every server
         phase = Phase(steps_mix(), window, rate=load * capacity, drain=max(window, 5.0), seed=seed)
         record_outcome(bench, {"server": name, "load": load}, number, server.phase(phase))
@@ -108,6 +111,62 @@ def _side(bench: Bench, number: int, server: Running, capacity: float, window: f
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What our server is to reach beside the best peer, of which each number may be another one's."""
+
+    title: str
+    metric: str
+    ratio: float  # of our number to the peer's: at least, where more is better, else at most
+    more_is_better: bool = False
+    case: Mapping[str, str | float] = field(default_factory=dict)
+    scale: float = 1.0
+
+
+GOALS = (
+    Goal("capacity, requests/s ↑", "capacity", 1.0, more_is_better=True),
+    Goal("10 steps at 80%: p95, ms ↓", "p95", 0.1, case={"load": 0.8, "job": SHORT}, scale=1000),
+    Goal("200 steps at 80%: p95, s ↓", "p95", 1.1, case={"load": 0.8, "job": LONG}),
+    Goal("10 steps at 50%: p50, ms ↓", "p50", 0.25, case={"load": 0.5, "job": SHORT}, scale=1000),
+    Goal("GAN, images/s ↑", "gan", 1.5, more_is_better=True),
+    Goal("GAN: p50 alone, ms ↓", "gan_alone", 1.0, scale=1000),
+)
+
+
+def verdict(results: Results) -> str:
+    """Our server, in each variant, beside the best peer in each number, and whether that is what it is to reach."""
+    servers = {server: None for (server,) in results.cases("server")}
+    rows = []
+    for goal in GOALS:
+        medians = {name: results.spread(goal.metric, server=name, **goal.case) for name in servers}
+        peers = {name: found.median for name, found in medians.items() if found is not None and name in PEERS}
+        if not peers:
+            continue
+        best = (max if goal.more_is_better else min)(peers, key=lambda name: peers[name])
+        theirs = results.values(goal.metric, server=best, **goal.case)
+        for name, found in medians.items():
+            if name in PEERS or found is None:
+                continue
+            ours = results.values(goal.metric, server=name, **goal.case)
+            ratio = found.median / peers[best] if 0 < peers[best] < math.inf else math.nan
+            reached = ratio >= goal.ratio if goal.more_is_better else ratio <= goal.ratio
+            wanted = f"{'≥' if goal.more_is_better else '≤'} {goal.ratio:g}"
+            rows.append(
+                (
+                    goal.title,
+                    _title(name),
+                    found.text(goal.scale),
+                    _title(best),
+                    results.text(goal.metric, goal.scale, server=best, **goal.case),
+                    quotient(ours, theirs),
+                    wanted,
+                    "–" if math.isnan(ratio) else "yes" if reached else "no",
+                )
+            )
+    header = ("", "variant", "ours", "best peer", "its number", "ratio, round by round", "goal", "median reaches it")
+    return table(header, rows)
 
 
 def page(results: Results) -> dict[str, str]:
@@ -125,8 +184,8 @@ def page(results: Results) -> dict[str, str]:
         for name in servers
     ]
     header: Sequence[str] = ("server", "tuned to", "capacity, requests/s ↑", "GAN, images/s ↑", "GAN, p50 alone, ms ↓")
-    parts = [table(header, rows)]
-    for load in LOADS:
+    parts = [verdict(results), table(header, rows)]
+    for load in dict.fromkeys(load for _, load in results.cases("server", "load")):
         rows = [(_title(name), *_latencies(results, name, load)) for name in servers]
         header = (
             f"at {load:.0%} of the best peer's capacity", "10 steps: p50, ms ↓", "p95 ↓", "p99 ↓",
