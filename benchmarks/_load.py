@@ -17,12 +17,14 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
+from urllib.parse import urlsplit
 
-import httpx
+import httptools
 import psutil
+import uvloop
 
 from benchmarks._frame import ROOT, percentile
 
@@ -103,6 +105,21 @@ class Outcome:
     def work_rate(self) -> float:
         """Work of the answers that came within the window, per second."""
         return sum(self.jobs[a.job].work for a in self.completed()) / self.seconds
+
+    @property
+    def steady(self) -> tuple[int, float]:
+        """(answers, in how many seconds) within the window, from the end of one batch to the end of another: where
+        answers come in batches, a window that begins and ends anywhere would hold up to one too many or too few.
+
+        A batch ends with an answer that is followed by a longer wait than the mean. Raises `ValueError` where the
+        window has not two of these.
+        """
+        ends = sorted(a.ended for a in self.completed() if a.ended is not None)
+        mean = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else math.inf
+        last = [k for k in range(len(ends) - 1) if ends[k + 1] - ends[k] >= 0.999 * mean]
+        if len(last) < 2:
+            raise ValueError(f"{len(ends)} answers within {self.seconds:.1f} s: too few to tell a rate by")
+        return last[-1] - last[0], ends[last[-1]] - ends[last[0]]
 
     @property
     def capacity(self) -> float:
@@ -218,26 +235,122 @@ async def _end(tasks: set[asyncio.Task[None]]) -> None:
 # -------------------------------------------------------------------------------------------------- the process itself
 
 
-def sender(client: httpx.AsyncClient) -> Send:
+class _Connection(asyncio.Protocol):
+    """One request at a time, one after the other."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self._parser, self._answer = httptools.HttpResponseParser(self), asyncio.get_running_loop().create_future()
+        self._bytes = 0
+
+    def exchange(self, request: bytes) -> asyncio.Future[tuple[int, int]]:
+        """(status, bytes of the content) of the answer; or `ConnectionError`, or what the parser says of it."""
+        assert self.transport is not None
+        self._parser, self._answer = httptools.HttpResponseParser(self), asyncio.get_running_loop().create_future()
+        self._bytes = 0
+        self.transport.write(request)
+        return self._answer
+
+    @property
+    def open(self) -> bool:
+        return self.transport is not None and not self.transport.is_closing()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one, but says so to nobody
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as e:
+            self._over(ConnectionError(f"no answer of HTTP: {e}"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._over(error or ConnectionError("hung up"))
+
+    def on_body(self, body: bytes) -> None:
+        self._bytes += len(body)
+
+    def on_message_complete(self) -> None:
+        if not self._parser.should_keep_alive():
+            self.close()
+        if not self._answer.done():
+            self._answer.set_result((self._parser.get_status_code(), self._bytes))
+
+    def _over(self, error: Exception) -> None:
+        self.close()
+        if not self._answer.done():
+            self._answer.set_exception(error)
+            self._answer.exception()  # nobody may wait for it
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.close()
+
+
+class Client:
+    """Posts JSON over connections that are kept. Lean, as it shares the cores with what is measured: a library for all
+    of HTTP takes as long for a request as a small model for an image."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._address = parts.hostname or "127.0.0.1", parts.port or 80
+        self._idle: list[_Connection] = []
+
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, int]:
+        """(status, bytes of the content). Raises `OSError`."""
+        host, port = self._address
+        told = {
+            "Host": f"{host}:{port}",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **headers,
+        }
+        head = "".join(f"{name}: {value}\r\n" for name, value in told.items())
+        request = f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body
+        connection = await self._connection()
+        try:
+            answer = await connection.exchange(request)
+        except BaseException:  # cancelled too: the answer may still come, so nobody else may use it
+            connection.close()
+            raise
+        if connection.open:
+            self._idle.append(connection)
+        return answer
+
+    async def _connection(self) -> _Connection:
+        while self._idle:
+            if (kept := self._idle.pop()).open:
+                return kept
+        _, made = await asyncio.get_running_loop().create_connection(_Connection, *self._address)
+        return made
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
+
+
+def sender(client: Client) -> Send:
     async def send(job: Job, seed: int) -> bool:
         body = {**job.body, "seed": seed % PICKED_SEEDS} if "seed" in job.body else job.body
+        headers = {"Accept": job.accept, **({"Drawwell-Tenant": job.tenant} if job.tenant else {})}
         try:
-            headers = {"Accept": job.accept, **({"Drawwell-Tenant": job.tenant} if job.tenant else {})}
-            answer = await client.post(job.path, json=body, headers=headers)
-        except httpx.TransportError:
+            status, length = await client.post(job.path, json.dumps(body).encode(), headers)
+        except OSError:
             return False
-        return answer.status_code == 200 and len(answer.content) > 0
+        return status == 200 and length > 0
 
     return send
 
 
 async def generate(url: str, phase: Phase, pid: int | None) -> Outcome:
     """Run a phase against a server. pid: its first process, whose processor time is told with that of its children."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
-        watch = asyncio.ensure_future(_watch(pid, phase))
+    client = Client(url)
+    watch = asyncio.ensure_future(_watch(pid, phase))
+    try:
         outcome = await (closed_loop if phase.rate is None else open_loop)(sender(client), phase)
         server, own = await watch
+    finally:
+        client.close()
     return replace(outcome, server_cpu=server, generator_cpu=own)
 
 
@@ -294,7 +407,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     phase = asked["phase"]
     phase = Phase(**{**phase, "jobs": tuple(Job(**job) for job in phase["jobs"])})
-    outcome = asyncio.run(generate(asked["url"], phase, asked["pid"]))
+    outcome = uvloop.run(generate(asked["url"], phase, asked["pid"]))
     told = {
         "answers": [[a.job, a.due, a.sent, a.ended, a.good] for a in outcome.answers],
         "begin": outcome.begin,

@@ -44,6 +44,7 @@ class Server:
     command: Callable[[int], list[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
     ready: Callable[[str], bool] = lambda url: True  # whether all of it works, once it answers at this address
+    restless: float = 15.0  # seconds after which it is measured though it does not come to rest
 
     def with_environment(self, **more: str) -> Server:
         return replace(self, environment={**self.environment, **more})
@@ -78,7 +79,8 @@ def drawwell(
     def ready(url: str) -> bool:
         return metric(url, "drawwell_workers", state="ready") == workers
 
-    return Server(name, command, {**room, **(environment or {})}, ready)
+    # It compiles in the background for minutes.
+    return Server(name, command, {**room, **(environment or {})}, ready, restless=START)
 
 
 def metric(url: str, name: str, **labels: str) -> float:
@@ -176,13 +178,14 @@ def _first_answer(url: str, job: Job, child: subprocess.Popen[bytes]) -> str | N
 
 def _wait_until_ready(server: Server, url: str, pid: int) -> None:
     """All of it, and until nothing goes on in the background (code may be compiled there while requests are answered
-    without)."""
+    without), or for as long as that is waited for."""
     began = time.monotonic()
     while not server.ready(url):
         if time.monotonic() - began > START:
             raise RuntimeError(f"{server.name}: it answers, but not all of it was ready within {START:.0f} s")
         time.sleep(POLL)
-    while time.monotonic() - began < START:
+    began = time.monotonic()
+    while time.monotonic() - began < server.restless:
         before = processor_seconds(pid)
         time.sleep(1.0)
         if processor_seconds(pid) - before < REST:

@@ -22,7 +22,7 @@ import httpx
 import torch
 
 from benchmarks._frame import Bench, Results, alone, quotient
-from benchmarks._load import Job, Phase
+from benchmarks._load import Job, Outcome, Phase
 from benchmarks._page import table
 from benchmarks._servers import STARTING, Server, drawwell, of_variants, running, subset, variants
 from benchmarks._ways import prepared, way_of
@@ -89,8 +89,17 @@ def served(folder: Path, load: Load, server: Server, seconds: float) -> tuple[st
             outcome = started.phase(Phase((job,), seconds, clients=clients, warm=seconds / 2))
             if outcome.failed:
                 raise RuntimeError(f"{load.model}: {outcome.failed} requests were refused or failed")
-            found[n] = n * len(outcome.completed()), outcome.seconds
+            answers, took = _rate(outcome)
+            found[n] = n * answers, took
     return way, found
+
+
+def _rate(outcome: Outcome) -> tuple[int, float]:
+    """Answers, and in how many seconds; of the whole window where it is too short for anything better."""
+    try:
+        return outcome.steady
+    except ValueError:
+        return len(outcome.completed()), outcome.seconds
 
 
 def bare(model: Model, load: Load, threads: int, seconds: float) -> tuple[int, float]:

@@ -54,8 +54,9 @@ class Program(abc.ABC):
     has_plain = False  # whether there are requests without a condition, beside those with one
 
     @abc.abstractmethod
-    def warm(self, rows: int, plain: bool = False) -> Rows:
-        """Some rows at tick 0, to warm up with; plain ones have no condition."""
+    def warm(self, rows: int, plain: bool = False, short: bool = False) -> Rows:
+        """Some rows at tick 0, to warm up with; plain ones have no condition, short ones as few steps as can be but for
+        one."""
 
     @abc.abstractmethod
     def init(self, tasks: Sequence[Any]) -> Rows: ...
@@ -110,8 +111,8 @@ class Drawing(Program):
             for k in range(task.n)
         ]
 
-    def warm(self, rows: int, plain: bool = False) -> Rows:
-        asked = example_draws(self._model.spec, rows)
+    def warm(self, rows: int, plain: bool = False, short: bool = False) -> Rows:
+        asked = example_draws(self._model.spec, rows, 2 if short else None)
         if plain:
             asked = [replace(draw, label=UNLABELLED, prompt=None) for draw in asked]
         return self._model.init(asked)
@@ -148,7 +149,7 @@ class Scoring(Program):
             return _rows_of(self._model, task, 1, 1)
         return _rows_of(self._model, task, likelihood.network_evaluations_per_step, likelihood.steps)
 
-    def warm(self, rows: int, plain: bool = False) -> Rows:
+    def warm(self, rows: int, plain: bool = False, short: bool = False) -> Rows:
         return self._density.score_init(*_pictures(self._model, rows))
 
     def init(self, tasks: Sequence[ScoreRow]) -> Rows:
@@ -197,7 +198,7 @@ class Localising(Program):
         likelihood = self._model.spec.likelihood
         return _rows_of(self._model, task, 1 if likelihood is None else likelihood.heatmap_evaluations, 1)
 
-    def warm(self, rows: int, plain: bool = False) -> Rows:
+    def warm(self, rows: int, plain: bool = False, short: bool = False) -> Rows:
         return self._localiser.map_init(*_pictures(self._model, rows))
 
     def init(self, tasks: Sequence[ScoreRow]) -> Rows:

@@ -7,7 +7,8 @@ from them (`service.scheduler.Cost`).
 
 Floats are compared bit for bit: every column of the rows after a step, and what is to be seen of them. Where they are
 the same for every multiple of `_rows.ROW_MULTIPLE` that was tried, a batch is filled up to such a multiple; one of
-fewer rows is not, where these, too, were seen to come out the same. Where multiples differ, every batch has one size.
+fewer rows is not, where these, too, were seen to come out the same, to the end of a short chain. Where multiples
+differ, every batch has one size.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 CANONICAL_ROWS = 16  # of every batch on a CPU, where sizes are not alike
 LONGEST_STEP = 0.5  # seconds
 LOOKED_AT = 4  # steps after which images are compared, where pixels decide
-FOLLOWED = 2  # steps after which batches of fewer rows than a multiple are compared with one of that size,
-SLOW = 0.1  # where a step takes fewer seconds; else after a single one
+SLOW = 0.1  # seconds of a step, from which on few rows are compared with a multiple after a single one
+FOLLOWED = 0.5  # seconds for which they are followed where steps are faster: as a rule to their end
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,20 @@ class _Trial:
         return self._equal(self.after[size], self.after[top], size)
 
     def alike(self, more: int) -> frozenset[int]:
-        """Sizes below `more` of which rows come out as in batches of `more`: after a few steps, where these are fast,
-        and those of requests without a condition too, which a model may treat otherwise."""
+        """Sizes below `more` of which rows come out as in batches of `more`: to the end of a short chain, or as far as
+        that can be followed; those of requests without a condition too, which a model may treat otherwise."""
         slow = self._pace[more] >= SLOW
         found = [size for size in range(1, more) if size not in self.after or self.same(size, more)]
         if slow:
             found = [size for size in found if size in self.after]
         ways = ([] if slow else [False]) + ([True] if self._program.has_plain else [])
         for plain in ways:
-            steps = 1 if slow else FOLLOWED
-            many, *some = (_advanced(self._program, self._program.warm(n, plain), steps) for n in (more, *found))
-            found = [size for size, few in zip(found, some, strict=True) if self._equal(few, many, size)]
+            chains = {size: self._program.warm(size, plain, short=True) for size in (more, *found)}
+            for _ in range(1 if slow else max(2, int(FOLLOWED / (len(chains) * self._pace[more] + 1e-6)))):
+                if not found or int(chains[more].left.min()) <= 0:
+                    break
+                chains = {size: self._program.step(rows) for size, rows in chains.items()}
+            found = [size for size in found if self._equal(chains[size], chains[more], size)]
         return frozenset(found)
 
     def _step(self, rows: int) -> None:

@@ -27,9 +27,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import uvicorn
 from PIL import Image
 from scipy import stats
-from servers import DDPM, GAN, write
+from servers import DDPM, GAN, free_port, write
 
 from benchmarks import __main__ as benchmarks_main
 from benchmarks import _frame, _load, _page, _servers, _ways
@@ -266,6 +267,18 @@ def test_a_closed_loop_finds_what_a_server_can_do() -> None:
     assert min(a.ended for a in outcome.of() if a.ended is not None) >= 50.0
 
 
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("begin", [0.0, 0.3, 1.1, 1.9])
+def test_a_rate_is_told_from_the_end_of_a_batch_to_the_end_of_another(batch: int, begin: float) -> None:
+    """Whole batches of answers every two seconds: the rate is theirs wherever the window begins."""
+    ends = [2.0 * k + 0.001 * i for k in range(1, 12) for i in range(batch)]
+    told = [_load.Answer(0, 0.0, 0.0, end, good=True) for end in ends]
+    answers, seconds = Outcome(told, begin, begin + 13.0, jobs=(Job("a", {}),)).steady
+    assert answers / seconds == pytest.approx(batch / 2.0, rel=1e-6)
+    with pytest.raises(ValueError, match="too few"):
+        assert Outcome([], 0.0, 1.0, jobs=(Job("a", {}),)).steady
+
+
 def test_one_client_waits_for_nobody() -> None:
     outcome = timeless(closed_loop(OneAtATime(a=0.25), Phase((Job("a", {}),), seconds=10.0, clients=1)))
     assert outcome.latencies() == pytest.approx([0.25] * len(outcome.answers))
@@ -289,6 +302,43 @@ def test_an_outcome_passes_between_processes_unchanged() -> None:
     assert [(a.due, a.job) for a in outcome.answers] == [(pytest.approx(d), j) for d, j in _load.schedule(phase)]
     assert outcome.failed == len(outcome.answers) > 0
     assert outcome.goodput == 0.0
+
+
+def test_what_a_server_answers_is_counted_as_it_came() -> None:
+    """Answered 200 with content, whole or in pieces, over connections that are kept or closed: good. All else is not."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        asked = json.loads((await receive())["body"])
+        start, content = {"type": "http.response.start", "status": asked["status"]}, b"abcd"[: asked["length"]]
+        headers = [] if asked["pieces"] else [(b"content-length", str(len(content)).encode())]
+        await send({**start, "headers": [*headers, *([(b"connection", b"close")] if asked["close"] else [])]})
+        await send({"type": "http.response.body", "body": content[:2], "more_body": True})
+        await send({"type": "http.response.body", "body": content[2:]})
+
+    def job(good: bool, **asked: Any) -> Job:
+        return Job(str(good), {"status": 200, "length": 4, "pieces": False, "close": False, "seed": 0, **asked})
+
+    jobs = (
+        *(job(True), job(True, pieces=True), job(True, close=True)),
+        *(job(False, length=0), job(False, status=429), job(False, status=429, close=True)),
+    )
+
+    async def measure() -> Outcome:
+        port = free_port()
+        config = uvicorn.Config(answer, port=port, log_level="warning", lifespan="off")
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        outcome = await asyncio.to_thread(
+            _load.run, f"http://127.0.0.1:{port}", Phase(jobs, seconds=1.0, rate=100.0, seed=2)
+        )
+        server.should_exit = True
+        await serving
+        return outcome
+
+    outcome = asyncio.run(measure())
+    assert {(outcome.jobs[a.job].name, a.good) for a in outcome.answers} == {("True", True), ("False", False)}
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

@@ -106,7 +106,7 @@ class Sensitive(Walk):
 def test_few_rows_are_filled_up_where_a_bit_was_seen_to_differ(
     sizes: set[int], labelled: bool, after: int, seen: bool
 ) -> None:
-    """In a column of the rows or in the image alone, at once or at the second step, with a condition or without."""
+    """In a column of the rows or in the image alone, at once or at the last step, with a condition or without."""
     model = Sensitive(sizes, labelled, after, seen)
     found = tried(Drawing(model), torch.device("cpu"), 32, "exact", lambda: 0.0)
     assert (found.multiple, found.max_rows) == (4, 32)

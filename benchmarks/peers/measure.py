@@ -28,7 +28,7 @@ from benchmarks.mixed import DDPM, GAN, LOADS, closed, record_outcome, steps_mix
 from benchmarks.peers._peers import PEERS
 
 WEIGHT = 10.0
-TUNING = 0.2  # of the time
+TUNING = 0.15  # of the time
 LEAST, ENOUGH, MOST = 1.5, 5.0, 90.0  # seconds of a window: at least; to tell two settings apart; at most
 SHORT, LONG = "10 steps", "200 steps"
 
@@ -52,10 +52,10 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
         ours = [drawwell(folder, name=name, environment=given) for name, given in settings.items()]
         theirs, capacity = _tuned(bench, names, folder)
         servers = [*ours, *theirs]
-        # Saturation with half a window to warm up; the loads, and up to as long again until the last answers are there;
-        # the same of the GAN in half the time; and its single client.
-        windows = 1.5 + 2 * len(args.loads) + 1.5 * 0.5 + 0.5
-        window = bench.window(windows * len(servers), LEAST, MOST, STARTING * len(servers))
+        # Saturation for two, with one to warm up, as whole batches end at a time; the loads, and up to as long again
+        # until the last answers are there; saturation by the GAN for a half; and its single client.
+        windows = 3 + 2 * len(args.loads) + 1.5 * 0.5 + 0.5
+        window = bench.window(windows * len(servers), LEAST, MOST, STARTING * len(servers), good=8.0)
         for number, server in bench.interleaved(servers):
             with running(server, *steps_mix(), _gan()) as started:
                 _side(bench, number, started, args.loads, capacity, window)
@@ -97,7 +97,7 @@ def described(setting: Mapping[str, str]) -> str:
 def _side(bench: Bench, number: int, server: Running, loads: Sequence[float], capacity: float, window: float) -> None:
     """All that is asked of one server in a round."""
     name = server.server.name
-    outcome = server.phase(closed(steps_mix(), window))
+    outcome = server.phase(closed(steps_mix(), 2 * window))
     bench.record({"server": name}, number, "requests/s", len(outcome.completed()), capacity=outcome.capacity)
     for load in loads:
         seed = 1000 * number + int(100 * load)  # the same arrivals for every server
