@@ -305,7 +305,7 @@ def test_an_outcome_passes_between_processes_unchanged() -> None:
 
 
 def test_what_a_server_answers_is_counted_as_it_came() -> None:
-    """Answered 200 with content, whole or in pieces, over connections that are kept or closed: good. All else is not."""
+    """Answered 200 with content, whole or in pieces, on connections that are kept or closed: good; all else is not."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         asked = json.loads((await receive())["body"])
