@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from service import errors
-from service.broker import CANCELLED, Broker, Job, JobLost
+from service.broker import CANCELLED, Broker, BrokerAway, Event, Job, JobLost
 from service.forecast import forecast
 from service.messages import Completed, Failed, ImageDone, Mapped, Message, Progress, Scored, Started, unpack
 from service.metrics import JobWatch
@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 _ROUNDING = 0.05  # seconds between the deadline of a request and that of its job
 _POSITION_SECONDS = 1.0  # how often a queued job's place is looked up
+_AWAY_SECONDS = 0.2  # between looks whether a broker is back
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,19 @@ async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tu
 async def attend(
     broker: Broker, job: Job, after: int = 0, watch: JobWatch | None = None, waits: bool = True
 ) -> AsyncGenerator[tuple[Told, int]]:
-    """What a job tells, from event number after + 1 on, to its end. waits: begin with its place in the queue, which who
-    goes on reading has left behind. Raises a `Problem` for a job that failed."""
+    """What a job that was submitted tells, from event number after + 1 on, to its end; a broker that is away is waited
+    for. waits: begin with its place in the queue, which who goes on reading has left behind. Raises a `Problem` for a
+    job that failed."""
     once, waiting = Once(), waits
     try:
-        place = await queued(broker, job)
-        if waits:
+        place = await _place(broker, job)
+        if waits and place is not None:
             yield place, 0
-        async with aclosing(pausing(broker.events(job.id), _POSITION_SECONDS)) as events:
+        async with aclosing(pausing(_events(broker, job.id), _POSITION_SECONDS)) as events:
             async for event in events:
                 if event is None:
-                    if waiting and (now := await queued(broker, job)).position != place.position:
+                    now = await _place(broker, job) if waiting else None
+                    if now is not None and (place is None or now.position != place.position):
                         place = now
                         yield place, 0
                     continue
@@ -130,6 +133,27 @@ async def queued(broker: Broker, job: Job) -> Queued:
     position = await broker.position(job.id)
     predicted = forecast(job, await broker.pool(), await broker.waiting(), position)
     return Queued(position, None if predicted is None else round(predicted.seconds, 3))
+
+
+async def _place(broker: Broker, job: Job) -> Queued | None:
+    """None while the broker is away."""
+    try:
+        return await queued(broker, job)
+    except BrokerAway:
+        return None
+
+
+async def _events(broker: Broker, job_id: str) -> AsyncGenerator[Event]:
+    """A job's events. A broker that is away may come back with it: whoever waits for them has a deadline."""
+    number = 0
+    while True:
+        try:
+            async for event in broker.events(job_id, number):
+                number = event.number
+                yield event
+            return
+        except BrokerAway:
+            await asyncio.sleep(_AWAY_SECONDS)
 
 
 async def so_far(broker: Broker, job_id: str) -> list[Message]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from api_fakes import SPECS, at_once, write_model
+from api_fakes import SPECS, Api, FakeBroker, at_once, write_model
 from brokers import Kind, workers
 
 from service.app import create_app
-from service.broker import Broker, Event, Job, ModelState, WorkerState
+from service.broker import Broker, BrokerAway, Event, Job, ModelState, WorkerState
 from service.catalog import Catalog
 from service.messages import Failed, Progress, Started, pack
 from service.settings import Settings
@@ -242,3 +242,50 @@ async def test_the_tenant_travels_with_the_job(kind: Kind, tmp_path: Path) -> No
         made.go.set()
         await made.here.post("/generate", json=BODY, headers={"Drawwell-Tenant": "line-3"})
         assert made.taken[0].tenant == "line-3"
+
+
+# ------------------------------------------------------------------------------------------------------ a broker away
+
+
+class Away(FakeBroker):
+    """Cannot be reached now and then, once it has taken a job."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = {"position": 1, "events": 4}
+
+    def _goes(self, what: str) -> bool:
+        self.left[what] -= 1
+        return self.left[what] >= 0
+
+    async def position(self, job_id: str) -> int:
+        if self._goes("position"):
+            raise BrokerAway("gone")
+        return await super().position(job_id)
+
+    async def events(self, job_id: str, after: int = 0, wait: bool = True) -> AsyncIterator[Event]:
+        if self._goes("events"):
+            raise BrokerAway("gone")
+        async for event in super().events(job_id, after, wait):
+            yield event
+            if self._goes("events"):
+                raise BrokerAway("gone")
+
+
+async def test_who_waits_goes_on_waiting_while_the_broker_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = Api(tmp_path)
+    monkeypatch.setattr("api_fakes.FakeBroker", Away)
+    for how in ({}, {"stream": True}):
+        api = Api(tmp_path)
+        answer, whole = await api.post("/generate", {**BODY, **how}), await quiet.post("/generate", {**BODY, **how})
+        assert max(api.broker.left.values()) <= 0, "it was away as often as it was to be"  # type: ignore[attr-defined]
+        assert answer.status_code == 200
+        if how:
+            found, wanted = events_of(answer.text), events_of(whole.text)
+            assert [e for e in found if e[0] == "image"] == [e for e in wanted if e[0] == "image"]
+            assert [name for name, _, _ in found].count("completed") == 1
+        else:
+            assert answer.json()["images"] == whole.json()["images"]
+        assert not api.broker.cancelled

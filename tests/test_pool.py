@@ -424,7 +424,7 @@ def test_a_worker_that_is_told_to_end_hands_a_long_job_back(zoo: Path, tmp_path:
         assert time.monotonic() - began > 0.5
         assert made.client.get(f"/jobs/{job_id}").json()["status"] == "queued"
         made.worker("second")
-        _until(lambda: made.client.get(f"/jobs/{job_id}").json()["status"] == "done", seconds=60)
+        _until(lambda: made.client.get(f"/jobs/{job_id}").json()["status"] == "done", seconds=120)
         assert pixels(made.client.get(f"/jobs/{job_id}").json()["answer"]) == pixels(quiet)
         assert made.redis.hmget(f"{{drawwell}}:job:{job_id}", "attempt", "deaths") == [b"1", b"0"]
         assert_tidy(made, [job_id])
