@@ -1,19 +1,25 @@
-"""A calibration: which statistics, the detector over them, and the scores of normal images, in one safetensors file.
+"""A calibration: how a score is made of what is said of an image, and the scores of normal images, in one file.
 
-statistics   what `describe` makes of a model's score and the image itself, by name
-detector     fitted on the fit images
+groups       detectors, each over the statistics of one model: what `describe` makes of its score and the image itself
+directed     statistics of which more is odder (`DIRECTED`)
+subspaces    of each feature vector, what is normal for it (`anomaly.features`)
+combination  how all of these make one score (`anomaly.combination`)
 maps         where there are heat maps: what they are measured by (`anomaly.heatmaps`)
 scores       of the calibration images, sorted: normal images that neither model nor detector has seen
+
+All but the last two are fitted on the fit images. The file is safetensors, each array in the least precision that holds
+its numbers exactly. Format 1 had one group, whose detector's score was the score.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +27,19 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as format_arrays
 
-from anomaly import conformal, detectors
+from anomaly import combination, conformal, detectors, features
+from anomaly.combination import Combination, Tails
 from anomaly.complexity import compressed_bits
 from anomaly.detectors import Detector, Floats
+from anomaly.features import DISTANCES, Subspace
 from anomaly.heatmaps import Maps
 
-FORMAT = 1
+FORMAT = 2
+DIRECTED = "excess_bits"  # a log-likelihood ratio, of a compressor to the model: what is odd has more of it
 FILE = "calibration.safetensors"  # beside the model whose scores it calibrates
+
+
+LEVELS = ("distances", "sources", "models")  # of a `Combination`
 
 
 class CalibrationError(Exception):
@@ -46,27 +58,83 @@ class Verdict:
     false_positive_rate_upper95: float
 
 
+Vector: TypeAlias = NDArray[np.floating]  # (F,)
+Described: TypeAlias = Mapping[str, float | Vector]  # of one image: statistics and feature vectors by name
+
+
 @dataclass(frozen=True)
-class Calibration:
+class Group:
+    """A detector, and the statistics that it is over."""
+
     statistics: tuple[str, ...]
     detector: Detector
+
+    def score(self, described: Sequence[Described]) -> Floats:
+        """(m,)"""
+        return self.detector.score(_table(described, self.statistics))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    groups: tuple[Group, ...]
     scores: Floats  # (n,) sorted
     about: Mapping[str, Any]  # data description, weights' sha256, sizes, volumes of the detectors
     maps: Maps | None = None
+    directed: tuple[str, ...] = ()
+    subspaces: Mapping[str, Subspace] = field(default_factory=dict)
+    combination: Combination | None = None  # None: the score is that of the only group
 
     @property
     def n(self) -> int:
         return len(self.scores)
 
-    def score(self, described: Sequence[Mapping[str, float]]) -> Floats:
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """All that the score is made of, by name."""
+        distances = [f"{name}_{distance}" for name in self.subspaces for distance in DISTANCES]
+        return tuple(sorted({name for group in self.groups for name in group.statistics}.union(distances)))
+
+    @property
+    def kind(self) -> str:
+        """In words."""
+        kinds = ", ".join(group.detector.kind for group in self.groups)
+        return ", ".join([kinds, *self.directed, *self.subspaces]) if self.combination is not None else kinds
+
+    def distances(self, described: Sequence[Described]) -> list[dict[str, float]]:
+        """How unusual each image's feature vectors are, by name: the statistics that only a calibration tells. Of a
+        vector that an image has not, none."""
+        found: list[dict[str, float]] = [{} for _ in described]
+        for name, subspace in self.subspaces.items():
+            having = [k for k, one in enumerate(described) if name in one]
+            each = subspace.distances(_vectors([described[k] for k in having], name, len(subspace.median)))
+            for k, values in zip(having, each.tolist(), strict=True):
+                found[k] |= {f"{name}_{distance}": value for distance, value in zip(DISTANCES, values, strict=True)}
+        return found
+
+    def score(self, described: Sequence[Described]) -> Floats:
         """(m,) of images described by `describe`. An image of which a statistic cannot be said is as anomalous as can
         be. Raises `CalibrationError` for a statistic that none has: the calibration is of another version of the model.
         """
-        missing = sorted(set(self.statistics).difference(*described)) if described else []
+        if not described:
+            return np.zeros(0)
+        needed = {name for group in self.groups for name in group.statistics}.union(self.directed, self.subspaces)
+        missing = sorted(needed.difference(*described))
         if missing:
             raise CalibrationError(f"statistics: {', '.join(missing)} missing; the calibration is of another version")
-        vectors = np.array([[d.get(name, math.nan) for name in self.statistics] for d in described])
-        return self.detector.score(vectors)
+        plain = self._plain(described)
+        return plain[:, 0] if self.combination is None else self.combination.score(plain, self._distances(described))
+
+    def _plain(self, described: Sequence[Described]) -> Floats:
+        """(m, S): scores of the groups, directed statistics."""
+        scores = [group.score(described)[:, None] for group in self.groups]
+        return np.concatenate([*scores, _table(described, self.directed)], axis=1)
+
+    def _distances(self, described: Sequence[Described]) -> Floats:
+        """(m, V, 2)"""
+        found = np.empty((len(described), len(self.subspaces), len(DISTANCES)))
+        for k, (name, subspace) in enumerate(self.subspaces.items()):
+            found[:, k] = subspace.distances(_vectors(described, name, len(subspace.median)))
+        return found
 
     def rank(self, alpha: float, confidence: float | None) -> int:
         """Raises `CalibrationError` where no image could ever be an anomaly: there are too few calibration images."""
@@ -106,17 +174,27 @@ class Calibration:
         ]
 
     def pack(self) -> bytes:
-        arrays = {"scores": self.scores, **{f"detector.{k}": np.asarray(v) for k, v in self.detector.state.items()}}
+        arrays = {"scores": self.scores}
+        for i, group in enumerate(self.groups):
+            arrays |= {f"groups.{i}.{name}": values for name, values in group.detector.state.items()}
+        for i, subspace in enumerate(self.subspaces.values()):
+            arrays |= {f"subspaces.{i}.{name}": values for name, values in vars(subspace).items()}
+        if self.combination is not None:
+            for level in LEVELS:
+                of_level = getattr(self.combination, level)
+                arrays |= {f"{level}.{name}": values for name, values in vars(of_level).items()}
+            arrays["owners"] = self.combination.owners
         if self.maps is not None:
-            arrays |= {f"maps.{name}": getattr(self.maps, name) for name in ("centre", "scale", "maxima")}
+            arrays |= {f"maps.{name}": values for name, values in vars(self.maps).items()}
         about = {
             "format": FORMAT,
-            "statistics": list(self.statistics),
-            "detector": self.detector.kind,
+            "groups": [{"detector": g.detector.kind, "statistics": list(g.statistics)} for g in self.groups],
+            "directed": list(self.directed),
+            "features": list(self.subspaces),
             **self.about,
         }
         packed: bytes = format_arrays(
-            {name: np.ascontiguousarray(a, dtype=np.float64) for name, a in arrays.items()},
+            {name: _smallest(values) for name, values in arrays.items()},
             metadata={"calibration": json.dumps(about, sort_keys=True)},
         )
         return packed
@@ -131,19 +209,72 @@ def unpack(packed: bytes) -> Calibration:
     try:
         length = int.from_bytes(packed[:8], "little")
         about = json.loads(json.loads(packed[8 : 8 + length])["__metadata__"]["calibration"])
-        arrays = parse(packed)
+        arrays = {name: values.astype(np.float64) for name, values in parse(packed).items()}
         found = about.pop("format")
-        if found != FORMAT:
-            raise CalibrationError(f"calibration: format {found!r}; this version reads format {FORMAT}")
-        kind, statistics = about.pop("detector"), tuple(about.pop("statistics"))
-        state = {k.removeprefix("detector."): v for k, v in arrays.items() if k.startswith("detector.")}
-        if kind not in detectors.SCORES:
-            raise CalibrationError(f"detector: {kind!r}; there are {', '.join(detectors.SCORES)}")
-        found_maps = {k.removeprefix("maps."): v for k, v in arrays.items() if k.startswith("maps.")}
-        maps = Maps(**found_maps) if found_maps else None
-        return Calibration(statistics, Detector(kind, state), arrays["scores"], about, maps)
+        if found == 1:
+            about |= {"groups": [{name: about.pop(name) for name in ("detector", "statistics")}]}
+            about |= {"directed": [], "features": []}
+            arrays = {name.replace("detector.", "groups.0.", 1): values for name, values in arrays.items()}
+        elif found != FORMAT:
+            raise CalibrationError(f"calibration: format {found!r}; this version reads formats 1 and {FORMAT}")
+        groups = tuple(
+            Group(tuple(told["statistics"]), Detector(_known(told["detector"]), _under(f"groups.{i}.", arrays)))
+            for i, told in enumerate(about.pop("groups"))
+        )
+        directed, names = tuple(about.pop("directed")), about.pop("features")
+        subspaces = {name: Subspace(**_under(f"subspaces.{i}.", arrays)) for i, name in enumerate(names)}
+        levels = {level: Tails(**_under(f"{level}.", arrays)) for level in LEVELS if "owners" in arrays}
+        combination = Combination(**levels, owners=arrays["owners"]) if levels else None
+        maps = _under("maps.", arrays)
+        scores = arrays["scores"]
+        return Calibration(groups, scores, about, Maps(**maps) if maps else None, directed, subspaces, combination)
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise CalibrationError(f"calibration: not one: {type(e).__name__}: {e}") from e
+
+
+def _known(kind: str) -> str:
+    if kind not in detectors.SCORES:
+        raise CalibrationError(f"detector: {kind!r}; there are {', '.join(detectors.SCORES)}")
+    return kind
+
+
+def _under(prefix: str, arrays: Mapping[str, Floats]) -> dict[str, Floats]:
+    return {name.removeprefix(prefix): values for name, values in arrays.items() if name.startswith(prefix)}
+
+
+def _smallest(values: Floats) -> NDArray[np.floating]:
+    """In the least precision that loses nothing."""
+    for precision in (np.float16, np.float32):
+        with np.errstate(over="ignore"):
+            shorter = values.astype(precision)
+        if np.array_equal(shorter.astype(np.float64), values):
+            return np.ascontiguousarray(shorter)
+    return np.ascontiguousarray(values)
+
+
+def _table(described: Sequence[Described], names: Sequence[str]) -> Floats:
+    """(m, d) of statistics; not a number where one cannot be said."""
+    return np.array([[float(one.get(name, math.nan)) for name in names] for one in described], dtype=np.float64)
+
+
+def _vectors(described: Sequence[Described], name: str, size: int) -> Floats:
+    """(m, F) of a feature vector. Raises `CalibrationError` for one of another size."""
+    found = np.full((len(described), size), math.nan)
+    for k, one in enumerate(described):
+        vector = one.get(name)
+        if vector is not None:
+            if np.shape(vector) != (size,):
+                raise CalibrationError(
+                    f"features: {name} of shape {np.shape(vector)} where the calibration has ({size},); it is of "
+                    "another version"
+                )
+            found[k] = vector
+    return found
+
+
+def numbers(described: Described) -> dict[str, float]:
+    """The statistics among what is said of an image, without its feature vectors."""
+    return {name: float(value) for name, value in described.items() if np.ndim(value) == 0}
 
 
 def describe(
@@ -152,22 +283,24 @@ def describe(
     energy: float | None,
     statistics: Mapping[str, float],
     complexity: float | None = None,
-) -> dict[str, float]:
-    """Everything known of an image (C, H, W), by name: the model's statistics, and how the image compresses.
+    features: Mapping[str, Vector] | None = None,
+) -> dict[str, float | Vector]:
+    """Everything known of an image (C, H, W), by name: the model's statistics and feature vectors, and how the image
+    compresses.
 
     nll_bits          −log₂ of its probability, where the model has one    complexity_bits    as `compressed_bits`
     excess_bits       nll_bits − complexity_bits (Serrà's S)                energy             where the model has one
 
     complexity: the image's `compressed_bits`, where they are known already.
     """
-    found = {name: float(value) for name, value in statistics.items()}
+    found: dict[str, float | Vector] = {name: float(value) for name, value in statistics.items()}
     complexity = compressed_bits(pixels) if complexity is None else complexity
     if log_prob is not None:
         nll_bits = -log_prob / math.log(2)
         found |= {"nll_bits": nll_bits, "excess_bits": nll_bits - complexity}
     if energy is not None:
         found["energy"] = energy
-    return {**found, "complexity_bits": complexity}
+    return {**found, **(features or {}), "complexity_bits": complexity}
 
 
 def needed(statistics: int) -> int:
@@ -184,28 +317,66 @@ def halves(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.intp], NDArray[np.intp
 
 
 def calibrate(
-    fit: Sequence[Mapping[str, float]],
-    calibration: Sequence[Mapping[str, float]],
+    fit: Sequence[Described],
+    calibration: Sequence[Described],
     about: Mapping[str, Any],
     maps: Maps | None = None,
+    members: Sequence[str] = (),
 ) -> Calibration:
-    """From described normal images: fit chooses and fits the detector, calibration gives the scores. Disjoint.
-    maps: of the same images, where the models have heat maps.
+    """From described normal images: fit chooses and fits the detectors and subspaces, calibration gives the scores.
+    Disjoint. maps: of the same images, where the models have heat maps. members: of an ensemble, whose names begin
+    those of their statistics; each has a detector of its own, which sees those of the image alone too.
 
     Raises `CalibrationError` for too few images.
     """
-    names = tuple(sorted(fit[0])) if fit else ()
-    least = needed(len(names)) // 2
+    names = tuple(sorted(numbers(fit[0]))) if fit else ()
+    vectors = sorted(set(fit[0]).difference(names)) if fit else []
+    grouped = [_of_member(names, member, members) for member in members] or [names]
+    widest = max(map(len, grouped))
+    least = needed(widest) // 2
     if len(fit) < least or len(calibration) < 20:
         raise CalibrationError(
             f"calibration: {len(fit)} fit and {len(calibration)} calibration images; "
-            f"{len(names)} statistics take at least {least} and 20"
+            f"{widest} statistics take at least {least} and 20"
         )
-    vectors = np.array([[d[name] for name in names] for d in fit], dtype=np.float64)
-    varying = tuple(name for name, spread in zip(names, vectors.std(axis=0), strict=True) if spread > 0)
-    columns = [names.index(name) for name in varying]
-    detector, volumes = detectors.choose(vectors[:, columns])
-    made = Calibration(varying, detector, np.zeros(0), {})
+    groups: list[Group] = []
+    volumes: dict[str, float] = {}
+    for member, of_member in zip(members or ("",), grouped, strict=True):
+        group, found = _fitted(fit, of_member)
+        groups.append(group)
+        volumes |= {f"{member}.{kind}" if member else kind: volume for kind, volume in found.items()}
+    directed = tuple(name for name in names if name == DIRECTED or name.endswith(f".{DIRECTED}"))
+    subspaces: dict[str, Subspace] = {}
+    distances = np.empty((len(fit), len(vectors), len(DISTANCES)))
+    for k, name in enumerate(vectors):
+        subspaces[name], distances[:, k] = features.fit(_vectors(fit, name, np.size(fit[0][name])))
+    tables = ((group.detector.kind, _table(fit, group.statistics)) for group in groups)
+    held_out = np.stack([detectors.held_out(kind, table, features.FOLDS) for kind, table in tables], axis=1)
+    owners = [*range(len(groups)), *(_owner(name, members) for name in (*directed, *vectors))]
+    plain = np.concatenate([held_out, _table(fit, directed)], axis=1)
+    combined = combination.fit(plain, distances, np.array(owners, dtype=np.float64))
+    made = Calibration(tuple(groups), np.zeros(0), {}, maps, directed, subspaces, combined)
     scores = np.sort(made.score(calibration))
     told = {"n": len(scores), "fit_n": len(fit), "volumes": volumes, **about}
-    return Calibration(varying, detector, scores, told, maps)
+    return dataclasses.replace(made, scores=scores, about=told)
+
+
+def _owner(name: str, members: Sequence[str]) -> int:
+    """Whose statistic it is, among the members; the first's, where it is no member's."""
+    owners = [k for k, member in enumerate(members) if name.startswith(f"{member}.")]
+    return max(owners, key=lambda k: len(members[k]), default=0)
+
+
+def _of_member(names: Sequence[str], member: str, members: Sequence[str]) -> tuple[str, ...]:
+    """The member's statistics, and those of the image alone."""
+    ours = (name for name in names if any(name.startswith(f"{one}.") for one in members))
+    others = {name for name in ours if members[_owner(name, members)] != member}
+    return tuple(name for name in names if name not in others)
+
+
+def _fitted(fit: Sequence[Described], names: Sequence[str]) -> tuple[Group, dict[str, float]]:
+    """The detector whose acceptance volume is least, over the statistics that differ at all; and every one's volume."""
+    table = _table(fit, names)
+    varying = [k for k, spread in enumerate(table.std(axis=0)) if spread > 0]
+    detector, volumes = detectors.choose(table[:, varying])
+    return Group(tuple(names[k] for k in varying), detector), volumes

@@ -11,11 +11,11 @@ It is found by the set of its members' weights, so neither their names nor their
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anomaly.calibration import FILE, CalibrationError
+from anomaly.calibration import FILE, CalibrationError, Described, Vector
 
 FORMAT = 1
 ABOUT = "ensemble.json"
@@ -60,10 +60,10 @@ def unpack(packed: bytes) -> Ensemble:
         raise CalibrationError(f"{ABOUT}: not one: {type(e).__name__}: {e}") from e
 
 
-def joined(names: Sequence[str], described: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What all members say of one image, in one: statistics are called `<member>.<statistic>`, those of the image alone
-    as ever."""
-    found: dict[str, float] = {}
+def joined(names: Sequence[str], described: Sequence[Described]) -> dict[str, float | Vector]:
+    """What all members say of one image, in one: statistics are called `<member>.<statistic>`, feature vectors
+    likewise, and those of the image alone as ever."""
+    found: dict[str, float | Vector] = {}
     for name, statistics in zip(names, described, strict=True):
         found |= {key if key in SHARED else f"{name}.{key}": value for key, value in statistics.items()}
     return found

@@ -132,6 +132,7 @@ class LikelihoodRows(Rows):
     label: Tensor  # (B,)
     image: Tensor  # (B, C, H, W) in [−1, 1]
     errors: Tensor  # (B, P, 4) of the image denoised, see `models._denoising`
+    features: Tensor  # (B, F), see there
     data: Tensor  # (B, C, H, W) z, where the way begins
     x: Tensor  # (B, C, H, W) where it has come to
     log_q: Tensor  # (B,) float64 nats of z given the image
@@ -206,6 +207,10 @@ class Flow(Model, Density, Denoiser, Localiser):
         """(slope, estimate) at x (B, C, H, W) and s, labels, guidance (B,): 1 is the plain conditional model."""
 
     @abc.abstractmethod
+    def probed(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `denoised` without guidance; and what the coarsest level of the network ends with, (B, K, H', W')."""
+
+    @abc.abstractmethod
     def way(self, s: Tensor) -> tuple[Tensor, Tensor]:
         """(u, du/ds), of any shape: the family's own variable, in which a single image's way is straight."""
 
@@ -253,6 +258,7 @@ class Flow(Model, Density, Denoiser, Localiser):
             label=labels,
             image=2 * x - 1,
             errors=self.denoising.begin(x),
+            features=_denoising.no_features(x, self.network.deepest),
             data=z,
             x=z,
             log_q=log_q,
@@ -264,7 +270,9 @@ class Flow(Model, Density, Denoiser, Localiser):
     def score_step(self, rows: LikelihoodRows) -> LikelihoodRows:
         each = _denoising.per_tick(self.denoising, self.score_steps // 2 + self.score_steps)
         image = rows.image, rows.seed, rows.label
-        rows.errors = _denoising.probe(self.denoising, self.denoised, rows.errors, rows.tick, each, image, NOISE)
+        rows.errors, rows.features = _denoising.probe(
+            self.denoising, self.probed, rows.errors, rows.features, rows.tick, each, image, NOISE
+        )
         half = self.score_steps // 2
         coarse = rows.tick < half
         at = torch.where(coarse, rows.tick, rows.tick - half)
@@ -305,7 +313,7 @@ class Flow(Model, Density, Denoiser, Localiser):
         all: no probability of an 8-bit image exceeds one. `stderr` is that of the probes.
 
         Statistics: `coarse_log_prob`, the result in half the steps; `log_prior` and `log_det`, the parts of log p(z);
-        and those of `models._denoising`.
+        and those of `models._denoising`, as its features.
         """
         result = self._log_prob(rows.x, rows.log_det, rows.log_q)
         allowed = CONVERGED * self.spec.image.dims * math.log(2)
@@ -318,6 +326,7 @@ class Flow(Model, Density, Denoiser, Localiser):
                 "log_det": rows.log_det.float(),
                 **self.denoising.statistics(rows.errors, self.spec.image.dims),
             },
+            features={"middle": rows.features},
             converged=((result - rows.coarse).abs() <= allowed) & (result <= 0),
         )
 

@@ -21,6 +21,11 @@ Statistics, where e is the mean squared error of x̂₀ and D the dimensions of 
 
 The last three need labels, MOST_LABELS at most. An image that no label explains any better than none, or all of them
 equally, is of no class.
+
+And a feature vector, since a network knows more of an image than how well it restores it:
+
+    middle                        under noise FEATURE_SIGMA, what the coarsest level of the network ends with, in means
+                                  over PLACES × PLACES parts of the image
 """
 
 from __future__ import annotations
@@ -42,10 +47,13 @@ LABEL_SIGMA = 1.0  # one of SIGMAS
 MOST_LABELS = 16  # each costs an evaluation
 MAP_SIGMAS = (0.5, 1.0, 2.0)  # of a heat map
 QUADRANTS = ("top_left", "top_right", "bottom_left", "bottom_right")
+FEATURE_SIGMA = 0.5  # one of SIGMAS: texture is hidden, shape is not yet
+PLACES = 3
 LEAST_ERROR = 1e-8  # what is restored better counts as this
 MAP_DRAW = 9  # draw of a heat map's noise
 
 Denoised = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # as `Denoiser.denoised`
+Probed = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, sigma, labels) -> x̂₀, middle (B, K, H', W')
 
 
 class Asked(NamedTuple):
@@ -121,25 +129,38 @@ def surprise(denoised: Denoised, x: Tensor, labels: Tensor) -> Tensor:
 
 def probe(
     probes: Probes,
-    denoised: Denoised,
+    probed: Probed,
     errors: Tensor,
+    features: Tensor,
     tick: Tensor,
     each: int,
     image: tuple[Tensor, Tensor, Tensor],
     draw: int,
-) -> Tensor:
-    """`errors` after those probes, `each` of them, that fall to the ticks (B,) of a score that does something else
-    there as well. image: x₀ (B, C, H, W) on the scale −1 … 1, the seed (B,) of its noise, and its label (B,); draw: of
-    the noise."""
+) -> tuple[Tensor, Tensor]:
+    """`errors` and `features` after those probes, `each` of them, that fall to the ticks (B,) of a score that does
+    something else there as well. image: x₀ (B, C, H, W) on the scale −1 … 1, the seed (B,) of its noise, and its label
+    (B,); draw: of the noise."""
     x0, seed, label = image
-    none, one = torch.zeros_like(seed), torch.ones(len(x0), device=x0.device)
+    none = torch.zeros_like(seed)
     for j in range(each):
         index = tick * each + j
         asked = probes.at(index, label)
         noise = _random.normal(seed, none, asked.which, draw, x0.shape[1:])
-        found = denoised(x0 + column(asked.noise) * noise, asked.sigma, asked.label, one)
-        errors = probes.note(errors, index, found - x0)
-    return errors
+        found, middle = probed(x0 + column(asked.noise) * noise, asked.sigma, asked.label)
+        errors, features = probes.note(errors, index, found - x0), note_features(features, index, middle)
+    return errors, features
+
+
+def no_features(x: Tensor, channels: int) -> Tensor:
+    """(B, F) before anything is known; channels: K, of the network's coarsest level."""
+    return x.new_zeros(len(x), channels * PLACES**2)
+
+
+def note_features(features: Tensor, index: Tensor, middle: Tensor) -> Tensor:
+    """`features` with what the probes index (B,) have left in the network's middle (B, K, H', W'); only the one at
+    FEATURE_SIGMA changes anything."""
+    found = F.adaptive_avg_pool2d(middle.float(), PLACES).flatten(1)
+    return torch.where((index == SIGMAS.index(FEATURE_SIGMA))[:, None], found, features)
 
 
 def per_tick(probes: Probes, ticks: int) -> int:

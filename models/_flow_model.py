@@ -40,6 +40,8 @@ from models._protocol import (
 LEVELS = 256
 PREPARATION = 512  # images that what depends on data at the start is set by
 MAX_TEMPERATURE = 1.5
+MOST_CHANNELS = 48  # of which any two are correlated
+LEAST_SQUARE = 1e-6  # of a latent's channel, whose logarithm is taken
 
 
 # ------------------------------------------------------------------------------------------------------ 8-bit densities
@@ -120,6 +122,13 @@ class FlowModel(_protocol.Model, OnePassDensity, Localiser):
         log_det             nats, log |det ∂z/∂y|; log_prob = log_p_z + log_det − D log 256
         energy_i            mean of ½ z² at scale i; half the prior's variance (½ of a normal) if z is white noise
         autocorrelation_i   mean product of a latent with its right and lower neighbour at scale i; white noise has 0
+
+    And a feature vector. Latents are white noise over all images, not in any one of them, and what an image is like
+    leaves its traces:
+
+        moments             of each scale and channel, log of the mean square; correlation with the right and with the
+                            lower neighbour; correlation with each other channel at the same place (of at most
+                            MOST_CHANNELS)
     """
 
     def __init__(
@@ -153,6 +162,7 @@ class FlowModel(_protocol.Model, OnePassDensity, Localiser):
             *(f"energy_{i}" for i in indices),
             *(f"autocorrelation_{i}" for i in indices),
         )
+        self.feature_sizes = {"moments": sum(count_moments(shape[0]) for shape in self.latent_shapes)}
 
     def encode(self, y: Tensor, labels: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
         """y (B, C, H, W) in (0, 1) -> latents z of every scale, finest first, and log_det (B,) in nats."""
@@ -233,7 +243,9 @@ class FlowModel(_protocol.Model, OnePassDensity, Localiser):
         for i, latent in enumerate(z):
             statistics[f"energy_{i}"] = 0.5 * latent.square().mean(dim=(1, 2, 3))
             statistics[f"autocorrelation_{i}"] = neighbour_correlation(latent)
-        return Score(log_prob=discrete_log_prob(log_p_z + log_det, self.spec.image.dims), statistics=statistics)
+        features = {"moments": torch.cat([moments(latent) for latent in z], dim=1)}
+        log_prob = discrete_log_prob(log_p_z + log_det, self.spec.image.dims)
+        return Score(log_prob=log_prob, statistics=statistics, features=features)
 
     def surprise(self, x: Tensor, labels: Tensor) -> Tensor:
         """The root of Σ ½ z² over the latents at the pixel's place, of every scale; those of a coarse one are shared
@@ -260,6 +272,26 @@ def neighbour_correlation(z: Tensor) -> Tensor:
     right, lower = z[..., 1:] * z[..., :-1], z[..., 1:, :] * z[..., :-1, :]
     pairs = right[0].numel() + lower[0].numel()
     return (right.sum(dim=(1, 2, 3)) + lower.sum(dim=(1, 2, 3))) / max(1, pairs)
+
+
+def moments(z: Tensor) -> Tensor:
+    """(B, `count_moments`) of z (B, C, H, W): logs of the channels' mean squares, then correlations: with the right
+    neighbour, with the lower one, of two channels at a place; 0 where there is none to correlate with."""
+    _, c, h, w = z.shape
+    square = z.square().mean(dim=(2, 3)) + LEAST_SQUARE
+    right = (z[..., 1:] * z[..., :-1]).sum(dim=(2, 3)) / max(1, h * (w - 1))
+    lower = (z[..., 1:, :] * z[..., :-1, :]).sum(dim=(2, 3)) / max(1, (h - 1) * w)
+    found = torch.cat([square.log(), right / square, lower / square], dim=1)
+    if c > MOST_CHANNELS:
+        return found
+    one, other = torch.triu_indices(c, c, offset=1, device=z.device)
+    between = torch.einsum("bchw,bdhw->bcd", z, z)[:, one, other] / (h * w)
+    return torch.cat([found, between / (square[:, one] * square[:, other]).sqrt()], dim=1)
+
+
+def count_moments(channels: int) -> int:
+    """Of the latents of a scale."""
+    return 3 * channels + (channels * (channels - 1) // 2 if channels <= MOST_CHANNELS else 0)
 
 
 def check_sides(field: str, scales: int, space: ImageSpace) -> None:

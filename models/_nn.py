@@ -133,6 +133,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [channels * m for m in multipliers]
         condition = 4 * channels
+        self.deepest = widths[-1]  # channels of the coarsest level
         self.conditioning = Conditioning(condition, classes)
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
@@ -150,6 +151,11 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """x (B, in_channels, H, W), t (B,) of order one, labels (B,), -1: none -> (B, out_channels, H, W) float32."""
+        return self.with_middle(x, t, labels)[0]
+
+    def with_middle(self, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`; and what the coarsest level ends with, before the way up: (B, channels · multipliers[-1], H',
+        W'), the most abstract that the network knows of the image."""
         asked, x = x.shape[0], at_least(2, x)
         told = self.conditioning(at_least(4, t), at_least(4, labels))
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is coarser than the last noise of an image
@@ -160,7 +166,7 @@ class UNet(nn.Module):
         for i, level in enumerate(self.down):
             kept.append(level(self.downsample[i - 1](h) if i else h, told))
             h = kept[-1][-1]
-        h = self.middle_attention(self.middle(h, told))
+        h = middle = self.middle_attention(self.middle(h, told))
         for i, level in reversed(list(enumerate(self.up))):
             h = level(h, told, kept[i])[-1]
             if i:
@@ -168,7 +174,7 @@ class UNet(nn.Module):
         h = F.silu(self.out_norm(h))
         with torch.autocast(x.device.type, enabled=False):
             out: Tensor = self.out(h.float())
-        return out[:asked]
+        return out[:asked], middle[:asked]
 
 
 def at_least(rows: int, x: Tensor) -> Tensor:

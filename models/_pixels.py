@@ -9,6 +9,13 @@ itself draws, surprises have mean zero and are uncorrelated. Statistics of it, w
     least_tile         nats, smallest: where an image says less than it should, as a blurred one does
     surprise_square    nats², mean square of a pixel's surprise
     autocorrelation    nats², mean product of a pixel's surprise with its right and lower neighbour's
+
+And feature vectors, since what is much for one place of an image is little for another:
+
+    in each of GRID × GRID tiles that cover the image (fewer where it has fewer pixels), nats
+    entropy_by_tile    mean entropy
+    surprise_by_tile   mean surprise
+    spread_by_tile     root of the surprise's mean square
 """
 
 from __future__ import annotations
@@ -21,6 +28,8 @@ from models._protocol import Score
 
 NOT_YET = 0.5  # what a preview shows where no pixel has been drawn
 TILE = 4
+GRID = 7
+FEATURES = ("entropy_by_tile", "surprise_by_tile", "spread_by_tile")
 STATISTICS = ("entropy", "worst_tile", "least_tile", "surprise_square", "autocorrelation")
 
 
@@ -46,7 +55,21 @@ def score(log_prob: Tensor, entropy: Tensor) -> Score:
             "surprise_square": surprises.square().mean(dim=(1, 2)),
             "autocorrelation": neighbour_product(surprises),
         },
+        features=dict(zip(FEATURES, by_tile_of(surprises, entropy), strict=True)),
     )
+
+
+def feature_sizes(height: int, width: int) -> dict[str, int]:
+    """Of `score`, for images of that size."""
+    return dict.fromkeys(FEATURES, min(height, GRID) * min(width, GRID))
+
+
+def by_tile_of(surprises: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """FEATURES (B, tiles) of surprises and entropies (B, H, W)."""
+    size = min(surprises.shape[1], GRID), min(surprises.shape[2], GRID)
+    each = torch.stack([entropy, surprises, surprises.square()], dim=1)
+    of_entropy, mean, square = F.adaptive_avg_pool2d(each, size).flatten(2).unbind(dim=1)
+    return of_entropy, mean, square.sqrt()
 
 
 def surprise(log_prob: Tensor, entropy: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import abc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -260,6 +261,8 @@ class Score:
     stderr: Tensor | None = None  # (B,) nats, of an estimate
     per_pixel: Tensor | None = None  # (B, H, W) nats, summed over channels, where log_prob is a sum over pixels
     statistics: dict[str, Tensor] = field(default_factory=dict)  # name -> (B,)
+    # name -> (B, F): what the model has made of the image on its way, for whoever knows how it is for normal images
+    features: dict[str, Tensor] = field(default_factory=dict)
     # (B,) bool, of a numerical integral: whether half the steps, whose result is the statistic `coarse_log_prob`, give
     # nearly the same. None where nothing is integrated.
     converged: Tensor | None = None
@@ -299,6 +302,7 @@ class PassRows(Rows):
     x: Tensor  # (B, C, H, W)
     labels: Tensor  # (B,)
     result: Tensor  # (B, 1 + K): log_prob or energy, then K statistics
+    features: Tensor  # (B, Σ F): all feature vectors, side by side
     per_pixel: Tensor  # (B, H, W); (B, 0, 0) where the family has none
 
 
@@ -306,6 +310,7 @@ class OnePassDensity(Density):
     """A Density whose score is one forward pass: a family writes `evaluate` alone."""
 
     statistic_names: tuple[str, ...] = ()
+    feature_sizes: Mapping[str, int] = MappingProxyType({})  # name -> F
     normalised = True  # False: the number is an energy, not a log-probability
     has_pixel_terms = False
 
@@ -313,7 +318,7 @@ class OnePassDensity(Density):
     def evaluate(self, x: Tensor, labels: Tensor) -> Score:
         """Scores x (B, C, H, W) given labels (B,). Differentiable in x where the family allows it.
 
-        `statistics` has exactly the names in `statistic_names`.
+        `statistics` has exactly the names in `statistic_names`, and `features` those in `feature_sizes`.
         """
 
     def score_init(self, x: Tensor, labels: Tensor) -> PassRows:
@@ -324,6 +329,7 @@ class OnePassDensity(Density):
             x=x,
             labels=labels,
             result=x.new_full((b, 1 + len(self.statistic_names)), math.nan),
+            features=x.new_full((b, sum(self.feature_sizes.values())), math.nan),
             per_pixel=x.new_zeros((b, h, w) if self.has_pixel_terms else (b, 0, 0)),
         )
 
@@ -332,6 +338,8 @@ class OnePassDensity(Density):
         value = s.log_prob if self.normalised else s.energy
         assert value is not None, "evaluate returns log_prob when normalised, else energy"
         rows.result = torch.stack([value, *(s.statistics[name] for name in self.statistic_names)], dim=1)
+        if self.feature_sizes:
+            rows.features = torch.cat([s.features[name] for name in self.feature_sizes], dim=1)
         if s.per_pixel is not None:
             rows.per_pixel = s.per_pixel
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
@@ -344,6 +352,11 @@ class OnePassDensity(Density):
             energy=None if self.normalised else value,
             per_pixel=rows.per_pixel if self.has_pixel_terms else None,
             statistics=dict(zip(self.statistic_names, statistics, strict=True)),
+            features=dict(
+                zip(self.feature_sizes, rows.features.split(list(self.feature_sizes.values()), dim=1), strict=True)
+            )
+            if self.feature_sizes
+            else {},
         )
 
 

@@ -140,6 +140,7 @@ class BoundRows(Rows):
     bends: Tensor  # (B,) sum of the squared second differences of such terms
     denoising_error: Tensor  # (B,) so far
     errors: Tensor  # (B, probes, 4), see `models._denoising`
+    features: Tensor  # (B, F), see there
 
 
 class Model(BaseModel, Density, Denoiser, Localiser):
@@ -215,6 +216,9 @@ class Model(BaseModel, Density, Denoiser, Localiser):
         """x_t (B, C, H, W), t / T (B,), labels (B,) -> (B, C or 2C, H, W) float32: the prediction, and logits of r."""
         out: Tensor = self.network(detailed(x, self.config.detail_periods), time, labels)
         return out
+
+    def _evaluate_with_middle(self, x: Tensor, time: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network.with_middle(detailed(x, self.config.detail_periods), time, labels)
 
     def _x0(self, prediction: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """x̂₀ (B, C, H, W) from the network's prediction at x = α x₀ + σ ε."""
@@ -313,6 +317,7 @@ class Model(BaseModel, Density, Denoiser, Localiser):
             bends=nothing.clone(),
             denoising_error=nothing.clone(),
             errors=self.probes.begin(x),
+            features=_denoising.no_features(x, self.network.deepest),
         )
 
     def score_step(self, rows: BoundRows) -> BoundRows:
@@ -328,9 +333,10 @@ class Model(BaseModel, Density, Denoiser, Localiser):
         noise = _random.normal(rows.seed, torch.zeros_like(rows.seed), which, BOUND_NOISE, rows.x0.shape[1:])
         noise = noise * column(torch.where(bound, 1.0, asked.noise / asked.sigma))
         x = alpha * rows.x0 + sigma * noise
-        out = self._evaluate(x, time, torch.where(bound, rows.label, asked.label))
+        out, middle = self._evaluate_with_middle(x, time, torch.where(bound, rows.label, asked.label))
         x0 = self._x0(out[:, : self.channels], x, alpha, sigma)
         rows.errors = self.probes.note(rows.errors, rows.tick - terms, x0 - rows.x0)
+        rows.features = _denoising.note_features(rows.features, rows.tick - terms, middle)
         self._add_term(rows, bound, t, out, x0)
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
@@ -371,7 +377,7 @@ class Model(BaseModel, Density, Denoiser, Localiser):
         differences of the terms, which leave out that they fall with t.
 
         Statistics: `reconstruction`, L₀ in nats; `denoising_error`, the mean squared error of x̂₀ on the scale [−1, 1]
-        over the timesteps that have more noise than signal; and those of `models._denoising`.
+        over the timesteps that have more noise than signal; and those of `models._denoising`, as its features.
         """
         terms = self.config.bound_steps - 1
         return Score(
@@ -383,6 +389,7 @@ class Model(BaseModel, Density, Denoiser, Localiser):
                 "denoising_error": rows.denoising_error,
                 **self.probes.statistics(rows.errors, self.spec.image.dims),
             },
+            features={"middle": rows.features},
         )
 
     def surprise(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -86,9 +86,13 @@ class Model(Flow):
 
     def _velocity(self, x: Tensor, s: Tensor, labels: Tensor) -> Tensor:
         """v_θ (B, C, H, W) at x_t (B, C, H, W)."""
-        sigma = self._sigma(s)
-        out: Tensor = self.network(views(x, self._t(sigma), sigma, self.detail_periods), s, labels)
+        out: Tensor = self.network(self._shown(x, s), s, labels)
         return out
+
+    def _shown(self, x: Tensor, s: Tensor) -> Tensor:
+        """What the network sees of x_t."""
+        sigma = self._sigma(s)
+        return views(x, self._t(sigma), sigma, self.detail_periods)
 
     def _image(self, x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
         """x̂₁, from the velocity at x_t: eq. 20 and 23 solved for x₁."""
@@ -100,11 +104,19 @@ class Model(Flow):
 
     def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
         """x̂₁ at t x, which lies on the path where σ_t / t = sigma."""
+        here, s, there = self._on_the_path(x, sigma)
+        return self._image(here, guided(self._velocity, here, s, labels, guidance), there)
+
+    def probed(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        here, s, there = self._on_the_path(x, sigma)
+        velocity, middle = self.network.with_middle(self._shown(here, s), s, labels)
+        return self._image(here, velocity, there), middle
+
+    def _on_the_path(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(t x, s, σ_t) where σ_t / t = sigma."""
         least = self.config.sigma_min
         t = (1 / (sigma + 1 - least)).clamp(max=1.0)
-        here, there = column(t) * x, 1 - (1 - least) * t
-        velocity = guided(self._velocity, here, self.back(t), labels, guidance)
-        return self._image(here, velocity, there)
+        return column(t) * x, self.back(t), 1 - (1 - least) * t
 
     # ---- training
 

@@ -177,6 +177,7 @@ class Model(_protocol.Model, OnePassDensity, Localiser):
             temperature=Range(min=0.1, default=1.0, max=2.0),
             top_k=config.levels,
         )
+        self.feature_sizes = _pixels.feature_sizes(space.height, space.width)
         self.network = Network(config, space)
 
     def logits(self, x: Tensor, labels: Tensor) -> Tensor:

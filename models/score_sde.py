@@ -189,15 +189,26 @@ class Model(Flow):
 
     def _velocity(self, x: Tensor, ratio: Tensor, labels: Tensor) -> Tensor:
         """v (B, C, H, W) at x = x₀ + ρ ε. The network is told φ, and ρ where it is small, on the scale of s."""
-        cosine = (1 + ratio.square()).rsqrt()
-        shown = views(column(cosine) * x, cosine, cosine * ratio, self.detail_periods)
-        out: Tensor = self.network(shown, self.back(ratio), labels)
+        out: Tensor = self.network(self._shown(x, ratio), self.back(ratio), labels)
         return out
+
+    def _shown(self, x: Tensor, ratio: Tensor) -> Tensor:
+        """What the network sees of x."""
+        cosine = (1 + ratio.square()).rsqrt()
+        return views(column(cosine) * x, cosine, cosine * ratio, self.detail_periods)
 
     def denoised(self, x: Tensor, sigma: Tensor, labels: Tensor, guidance: Tensor) -> Tensor:
         """x̂₀ = cos² φ x − sin φ v, for x = x₀ + ρ ε: already in this family's terms."""
         ratio = sigma.clamp(LAST_NOISE, self.first_ratio)
-        velocity = guided(self._velocity, x, ratio, labels, guidance)
+        return self._image(x, guided(self._velocity, x, ratio, labels, guidance), ratio)
+
+    def probed(self, x: Tensor, sigma: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = sigma.clamp(LAST_NOISE, self.first_ratio)
+        velocity, middle = self.network.with_middle(self._shown(x, ratio), self.back(ratio), labels)
+        return self._image(x, velocity, ratio), middle
+
+    @staticmethod
+    def _image(x: Tensor, velocity: Tensor, ratio: Tensor) -> Tensor:
         cosine = column((1 + ratio.square()).rsqrt())
         return cosine.square() * x - column(ratio) * cosine * velocity
 

@@ -159,7 +159,7 @@ def told(calibration: Calibration) -> dict[str, Any]:
     return {
         "n": calibration.n,
         "fit_n": about.get("fit_n"),
-        "detector": calibration.detector.kind,
+        "detector": calibration.kind,
         "statistics": list(calibration.statistics),
         "smallest_alpha": smallest_alpha(calibration),
         "data": about.get("data"),

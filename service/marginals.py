@@ -13,6 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from service.messages import Scored
 
 
@@ -25,8 +27,9 @@ class Marginal:
 
 
 def marginal(scored: Sequence[Scored], index: int) -> Marginal:
-    """From an image's scores under every label, in order. Its statistics are means by the posterior p(y | x), and so
-    is, of squares, its standard error; it has converged where all have that matter: whose posterior is above 1 %."""
+    """From an image's scores under every label, in order. Its statistics and features are means by the posterior
+    p(y | x), and so is, of squares, its standard error; it has converged where all have that matter: whose posterior is
+    above 1 %."""
     logs = [s.log_prob for s in scored if s.log_prob is not None]
     if len(logs) < len(scored):
         raise ValueError("log_prob: missing under some label; energies have no mean of probabilities")
@@ -48,6 +51,10 @@ def marginal(scored: Sequence[Scored], index: int) -> Marginal:
             top + math.log(total / len(logs)),
             stderr=math.sqrt(mean([error**2 for error in errors])) if len(errors) == len(scored) else None,
             statistics={name: mean([s.statistics[name] for s in scored]) for name in scored[0].statistics},
+            features={
+                name: np.einsum("y,yf->f", posterior, np.stack([s.features[name] for s in scored])).astype(np.float32)
+                for name in scored[0].features
+            },
             converged=all(settled) if settled else None,
         ),
         tuple(logs),

@@ -82,6 +82,7 @@ class Scored:
     energy: float | None = None
     stderr: float | None = None
     statistics: dict[str, float] = field(default_factory=dict)
+    features: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # name -> (F,)
     converged: bool | None = None  # of an integral: whether half the steps give nearly the same
 
 

@@ -167,15 +167,17 @@ class Scoring(Program):
         columns = _columns(score)
         names, statistics = list(columns), list(score.statistics)
         table = torch.stack([*columns.values(), *score.statistics.values()], dim=1).double().cpu().tolist()
+        features = {name: value.float().cpu().numpy() for name, value in score.features.items()}
         results: list[dict[str, Any] | None] = []
         converged = [None] * len(table) if score.converged is None else score.converged.tolist()
-        for line, sure in zip(table, converged, strict=True):
+        for k, (line, sure) in enumerate(zip(table, converged, strict=True)):
             numbers = dict(zip(names + statistics, line, strict=True))
             ok = all(math.isfinite(v) for v in line)
             results.append(
                 {
                     **{n: numbers[n] if n in columns else None for n in ("log_prob", "energy", "stderr")},
                     "statistics": {n: numbers[n] for n in statistics},
+                    "features": {n: vectors[k] for n, vectors in features.items()},
                     "converged": sure,
                 }
                 if ok

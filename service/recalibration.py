@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomaly import heatmaps
-from anomaly.calibration import CalibrationError, calibrate, halves, needed
+from anomaly.calibration import CalibrationError, calibrate, halves, needed, numbers
 from anomaly.heatmaps import Maps
 from service import scoring
 from service.broker import Broker, Job, QueueFull
@@ -114,7 +114,7 @@ async def _score_block(scorer: Scorer, block: Pixels, how: How, asked: Asked) ->
 
 def _check_enough(scorer: Scorer, block: Pixels, found: Found, n: int) -> None:
     """As soon as it is known how many statistics the model has, and not after hours."""
-    statistics = len(scoring.described(block[:1], found.scored[:1])[0])
+    statistics = len(numbers(scoring.described(block[:1], found.scored[:1])[0]))
     if n < (least := needed(statistics)):
         raise Invalid(
             Fault(("body", "images"), f"{n} images; the {statistics} statistics of {scorer.id} take at least {least}")

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from anomaly.calibration import Verdict, describe
+from anomaly.calibration import Described, Verdict, describe, numbers
 from anomaly.ensembles import joined
 from anomaly.heatmaps import Maps, Surprises
 from service import tracing
@@ -144,22 +144,36 @@ def impossible(scored: Scored) -> bool:
     return scored.converged is False and scored.log_prob is not None and scored.log_prob > 0
 
 
-def described(pixels: Pixels, scored: Sequence[Scored]) -> list[dict[str, float]]:
-    """Every image's statistics, by name."""
+def described(pixels: Pixels, scored: Sequence[Scored]) -> list[Described]:
+    """Every image's statistics and feature vectors, by name."""
     return [
-        describe(x, None if impossible(s) else s.log_prob, s.energy, s.statistics)
+        describe(x, None if impossible(s) else s.log_prob, s.energy, s.statistics, features=s.features)
         for x, s in zip(pixels, scored, strict=True)
     ]
 
 
-def together(names: Sequence[str], by_model: Sequence[Sequence[dict[str, float]]]) -> list[dict[str, float]]:
+def together(names: Sequence[str], by_model: Sequence[Sequence[Described]]) -> list[Described]:
     """Every image's statistics by all models."""
     return [joined(names, of_image) for of_image in zip(*by_model, strict=True)]
 
 
-def judge(options: ScoreOptions, known: Known, statistics: Sequence[dict[str, float]]) -> list[Verdict] | None:
+def fits(options: ScoreOptions, known: Known) -> bool:
+    """Whether there is a calibration for such scores."""
+    return known.calibration is not None and options.label is None and not options.marginal
+
+
+def shown(options: ScoreOptions, known: Known, described: Sequence[Described]) -> list[dict[str, float]]:
+    """Every image's numbers for an answer: its statistics, and with them, where there is a calibration to tell, how
+    unusual its feature vectors are."""
+    found = [numbers(one) for one in described]
+    if known.calibration is not None and fits(options, known):
+        return [a | b for a, b in zip(found, known.calibration.distances(described), strict=True)]
+    return found
+
+
+def judge(options: ScoreOptions, known: Known, statistics: Sequence[Described]) -> list[Verdict] | None:
     """None where there is no calibration for such scores."""
-    if known.calibration is None or options.label is not None or options.marginal:
+    if known.calibration is None or not fits(options, known):
         return None
     scores = known.calibration.score(statistics)
     if options.fdr is not None:

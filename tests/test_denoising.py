@@ -28,9 +28,16 @@ def statistics(
     probes = Probes(SPACE.classes)
     each = probes.count if each is None else each
     errors, image = probes.begin(x), (2 * x - 1, _random.image_seed(x), torch.full((len(x),), label))
+    features = _denoising.no_features(x, 1)
     for tick in range(-(-probes.count // each)):
-        errors = _denoising.probe(probes, denoised, errors, torch.full((len(x),), tick), each, image, 0)
-    return probes.statistics(errors, DIMS)
+        at = torch.full((len(x),), tick)
+        errors, features = _denoising.probe(probes, probed_by(denoised), errors, features, at, each, image, 0)
+    return {**probes.statistics(errors, DIMS), "middle": features}
+
+
+def probed_by(denoised: _denoising.Denoised) -> _denoising.Probed:
+    """Whose network's middle is the image that it is shown, in the mean over channels."""
+    return lambda x, sigma, labels: (denoised(x, sigma, labels, torch.ones(len(x))), x.mean(dim=1, keepdim=True))
 
 
 def gaussian(spread: float) -> _denoising.Denoised:
@@ -127,6 +134,12 @@ def test_a_ddpms_probes_are_those_of_its_denoiser() -> None:
         expected = error.square().mean(dim=(1, 2, 3)).log()
         found = score.statistics[f"log_denoising_error_{sigma:g}"]
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        if sigma == _denoising.FEATURE_SIGMA:
+            alpha = 1 / math.sqrt(1 + sigma**2)
+            here = alpha * (x0 + sigma * noise)
+            _, middle = model._evaluate_with_middle(here, model._time(sigma * one), labels)
+            expected = _denoising.note_features(score.features["middle"], torch.full((5,), i), middle)
+            torch.testing.assert_close(score.features["middle"], expected, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -134,7 +147,8 @@ def test_a_flow_takes_its_probes_beside_the_steps_of_its_integral() -> None:
     torch.manual_seed(0)
     model = flow_matching.Model(flow_matching.Config(channels=16, multipliers=(1, 2), score_steps=4), SPACE).eval()
     x = images()
-    found = model.log_prob(x).statistics
+    score = model.log_prob(x)
+    found = {**score.statistics, **score.features}
     expected = statistics_by(model, x)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
@@ -144,8 +158,17 @@ def statistics_by(model: flow_matching.Model, x: Tensor) -> dict[str, Tensor]:
     probes, none = Probes(SPACE.classes), torch.full((len(x),), UNLABELLED)
     image = (2 * x - 1, _random.image_seed(x), none)
     start = torch.zeros(len(x), dtype=torch.int64)
-    errors = _denoising.probe(probes, model.denoised, probes.begin(x), start, probes.count, image, 2)
-    return probes.statistics(errors, DIMS)
+    errors, features = probes.begin(x), _denoising.no_features(x, model.network.deepest)
+    errors, features = _denoising.probe(probes, model.probed, errors, features, start, probes.count, image, 2)
+    return {**probes.statistics(errors, DIMS), "middle": features}
+
+
+def test_the_features_are_those_of_the_probe_at_their_noise() -> None:
+    x = images()
+    noise = _random.normal(_random.image_seed(x), torch.zeros(5, dtype=torch.int64), SIGMAS.index(0.5), 0, SPACE.shape)
+    shown = (2 * x - 1 + 0.5 * noise).mean(dim=1, keepdim=True)
+    expected = torch.nn.functional.adaptive_avg_pool2d(shown, _denoising.PLACES).flatten(1)
+    torch.testing.assert_close(statistics(gaussian(0.5), x)["middle"], expected)
 
 
 def test_a_map_shows_where_the_reconstruction_fails() -> None:

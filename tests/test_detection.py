@@ -58,7 +58,7 @@ def test_a_score_that_is_no_number_is_above_all_and_minus_infinity_below() -> No
 def test_realised_false_alarms_lie_within_the_beta_law_as_often_as_it_says() -> None:
     """1,000 times: 200 scores calibrate, 100 others are counted."""
     rng, inside, promised = np.random.default_rng(0), 0, 0
-    plain = calibrations.Calibration(("a",), None, np.zeros(0), {})  # type: ignore[arg-type]
+    plain = calibrations.Calibration((), np.zeros(0), {})
     for _ in range(1000):
         calibration = dataclasses.replace(plain, scores=np.sort(rng.standard_normal(200)))
         fresh = rng.standard_normal(100)

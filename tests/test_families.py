@@ -409,6 +409,10 @@ def test_scores_have_the_kind_that_the_spec_says(name: str, make: Callable[[str]
         torch.testing.assert_close(score.per_pixel.flatten(1).sum(1), value)
     for statistic in score.statistics.values():
         assert statistic.shape == (6,)
+    assert not score.statistics.keys() & score.features.keys()
+    for name, feature in score.features.items():
+        assert feature.shape == (6, feature.shape[1]), name
+        assert feature.isfinite().all(), name
 
 
 @densities
@@ -577,6 +581,8 @@ def test_the_engine_serves_it(name: str, make: Callable[[str], Model]) -> None:
         assert sorted(scores) == list(range(11))
         assert (single[0].log_prob, single[0].energy) == (scores[3].log_prob, scores[3].energy)
         assert single[0].statistics == scores[3].statistics
+        for feature, vector in scores[3].features.items():
+            np.testing.assert_array_equal(single[0].features[feature], vector)
         if spec.likelihood.heatmap_evaluations:
             engine.submit("maps", "m", MapImages(images, (-1,) * 11))
             engine.submit("map", "m", MapImages(images[3:4], (-1,)))

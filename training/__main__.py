@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "calibrate":
             from training import calibrate
 
-            calibrate.run(args.checkpoints, args.data, args.data_dir, console, args.out)
+            calibrate.run(args.checkpoints, args.data, args.data_dir, console, args.out, args.work)
         elif args.command == "export":
             _export(args.checkpoint, console)
         elif args.command == "compare":
@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         help="normal images, such as folder:PATH or npz:FILE (default: the model's own data, what it kept apart)",
     )
     calibrate.add_argument("--data-dir", type=Path, help="as for run")
+    calibrate.add_argument(
+        "--work", type=Path, help="folder to keep what models say of the images, to go on from (default: none)"
+    )
     export = commands.add_parser("export", help="write a checkpoint's networks for ONNX Runtime, beside its weights")
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     compare = commands.add_parser("compare", help="write what was measured into the tables and the chart of the docs")

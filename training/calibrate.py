@@ -7,7 +7,7 @@ Everything is from images that no model has been trained on. On a model's own da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,30 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from anomaly import ensembles, heatmaps
-from anomaly.calibration import FILE, Calibration, CalibrationError, calibrate, describe
+from anomaly.calibration import FILE, Calibration, CalibrationError, Described, calibrate
 from anomaly.ensembles import Ensemble, Member
-from anomaly.heatmaps import Maps
 from models import _checkpoint
 from models._protocol import Density, Localiser, Model, unlabelled
 from training import data as datasets
-from training.data import Dataset, Split
+from training import scored
+from training.data import Dataset, Images, Split
 from training.errors import DataError
+from training.progress import Bars
 
 BATCH = 64
 
 
 def run(
-    checkpoints: Sequence[Path], data: str | None, data_dir: Path | None, console: Console, out: Path | None = None
+    checkpoints: Sequence[Path],
+    data: str | None,
+    data_dir: Path | None,
+    console: Console,
+    out: Path | None = None,
+    work: Path | None = None,
 ) -> Calibration:
     """Calibrate on the (first) checkpoint's own data set, or on `data`. Of one checkpoint the calibration.safetensors
-    goes into its folder; of several, an ensemble, into the folder `out` with an ensemble.json.
+    goes into its folder; of several, an ensemble, into the folder `out` with an ensemble.json. In the folder `work` it
+    is kept what each model has said of the images, to go on from there, and for an ensemble of the same models.
 
     Raises `CheckpointError`, `DataError`, and `CalibrationError` for too few images or a model without a density.
     """
@@ -43,26 +50,34 @@ def run(
     dataset = datasets.load(data or own[0]["name"], data_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = [_density(folder, device, dataset) for folder in checkpoints]
-    fit, held_out = parts(dataset, trained_on=dataset.digest in [seen.get("sha256") for seen in own])
+    own_data = dataset.digest in [seen.get("sha256") for seen in own]
+    fit, held_out = parts(dataset, trained_on=own_data)
     console.print(f"scoring {len(fit):,} + {len(held_out):,} images of {dataset.name}", highlight=False)
     members = [
         Member(folder.resolve().name, about["files"][_checkpoint.WEIGHTS])
         for folder, about in zip(checkpoints, abouts, strict=True)
     ]
+    prefix = "" if own_data else f"{dataset.digest[:12]}-"
+    splits = {f"{prefix}fit": fit.x, f"{prefix}calibration": held_out.x}
+    said = _Said(work, dataset, splits, Bars(console))
+    parts_of = [said.by(member, model) for member, model in zip(members, models, strict=True)]
+    fit_said, held_out_said = (
+        [one[0] if out is None else ensembles.joined([m.name for m in members], one) for one in zip(*each, strict=True)]
+        for each in zip(*(described for described, _ in parts_of), strict=True)
+    )
+    mapped = [surprise for _, surprise in parts_of if surprise]
+    maps = heatmaps.fit(*zip(*mapped, strict=True)) if mapped else None
     told: dict[str, Any] = {"data": {"name": dataset.name, "sha256": dataset.digest}}
-    maps = measured_maps(models, fit.x, held_out.x)
     if out is None:
-        told["weights_sha256"] = members[0].weights_sha256
-        made = calibrate(described(models[0], fit.x), described(models[0], held_out.x), told, maps)
+        made = calibrate(fit_said, held_out_said, {"weights_sha256": members[0].weights_sha256, **told}, maps)
         _checkpoint.update(checkpoints[0], {"spec": models[0].spec.to_json()}, {FILE: made.pack()})
     else:
-        names = [member.name for member in members]
-        made = calibrate(_together(names, models, fit.x), _together(names, models, held_out.x), told, maps)
+        made = calibrate(fit_said, held_out_said, told, maps, [member.name for member in members])
         out.mkdir(parents=True, exist_ok=True)
         _checkpoint.write_file(out / FILE, made.pack())
         _checkpoint.write_file(out / ensembles.ABOUT, Ensemble(tuple(members), made.sha256).pack())
     console.print(
-        f"{made.detector.kind} over {', '.join(made.statistics)}; n = {made.n:,}; "
+        f"{made.kind}, over {', '.join(made.statistics)}; n = {made.n:,}; "
         f"log acceptance volumes: {', '.join(f'{k} {v:.2f}' for k, v in made.about['volumes'].items())}",
         highlight=False,
         soft_wrap=True,
@@ -106,32 +121,44 @@ def parts(dataset: Dataset, trained_on: bool) -> tuple[Split, Split]:
     return whole.take(np.arange(half)), whole.take(np.arange(half, len(whole)))
 
 
-def described(model: Model, x: NDArray[np.uint8]) -> list[dict[str, float]]:
-    """Each image's statistics, by name, without labels. x (N, C, H, W) uint8."""
-    assert isinstance(model, Density), "a model whose Spec has a likelihood is a Density"
-    found: list[dict[str, float]] = []
-    with torch.inference_mode():
-        for start in range(0, len(x), BATCH):
-            block = x[start : start + BATCH]
-            score = model.log_prob(torch.from_numpy(block).to(model.device).float() / 255)
-            numbers = {name: value.double().tolist() for name, value in score.statistics.items()}
-            log_prob = None if score.log_prob is None else score.log_prob.double().tolist()
-            energy = None if score.energy is None else score.energy.double().tolist()
-            found += [
-                describe(
-                    pixels,
-                    None if log_prob is None else log_prob[i],
-                    None if energy is None else energy[i],
-                    {name: values[i] for name, values in numbers.items()},
-                )
-                for i, pixels in enumerate(block)
-            ]
-    return found
+class _Said:
+    """What models say of images, kept on disk where there is a folder for it: as `training.detect` keeps it."""
+
+    def __init__(self, work: Path | None, dataset: Dataset, splits: Mapping[str, Images], bars: Bars) -> None:
+        self._work, self._splits, self._bars = work, splits, bars
+        self._complexity = [
+            self._of(f"{scored.slug(dataset.name)}-{dataset.digest[:12]}", name, x, scored.complexities)["complexity"]
+            for name, x in splits.items()
+        ]
+
+    def by(self, member: Member, model: Model) -> tuple[list[list[Described]], list[NDArray[np.float64]]]:
+        """Of the images of each split, statistics and feature vectors; and the surprise of their pixels, (n, H, W), or
+        nothing where the model is no `Localiser`."""
+        folder = f"{member.name}-{member.weights_sha256[:12]}"
+        described = [
+            scored.described(x, self._of(folder, name, x, lambda block: scored.scores(model, block)), complexity)
+            for (name, x), complexity in zip(self._splits.items(), self._complexity, strict=True)
+        ]
+        if not isinstance(model, Localiser):
+            return described, []
+        surprise = [
+            self._of(folder, f"map of {name}", x, lambda block: {"surprise": surprises(model, block)})["surprise"]
+            for name, x in self._splits.items()
+        ]
+        return described, surprise
+
+    def _of(
+        self, folder: str, name: str, x: Images, compute: Callable[[Images], Mapping[str, NDArray[Any]]]
+    ) -> Mapping[str, NDArray[np.float64]]:
+        with self._bars.task(f"{folder}: {name}") as report:
+            if self._work is None:
+                return {key: rows.astype(np.float64) for key, rows in compute(x).items()}
+            return scored.kept(scored.file(self._work / folder, name), x, compute, report)
 
 
-def _together(names: Sequence[str], models: Sequence[Model], x: NDArray[np.uint8]) -> list[dict[str, float]]:
-    by_model = [described(model, x) for model in models]
-    return [ensembles.joined(names, of_image) for of_image in zip(*by_model, strict=True)]
+def described(model: Model, x: Images) -> list[Described]:
+    """Each image's statistics and feature vectors, by name, without labels. x (N, C, H, W) uint8."""
+    return scored.described(x, scored.scores(model, x), scored.complexities(x)["complexity"])
 
 
 def surprises(model: Model, x: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -143,11 +170,3 @@ def surprises(model: Model, x: NDArray[np.uint8]) -> NDArray[np.float32]:
             block = torch.from_numpy(x[start : start + BATCH]).to(model.device).float() / 255
             found.append(model.surprise(block, unlabelled(block)).cpu().numpy())
     return np.concatenate(found)
-
-
-def measured_maps(models: Sequence[Model], fit: NDArray[np.uint8], calibration: NDArray[np.uint8]) -> Maps | None:
-    """What the heat maps of those models that draw some are measured by; None where none does."""
-    able = [model for model in models if isinstance(model, Localiser)]
-    if not able or not len(fit) or not len(calibration):
-        return None
-    return heatmaps.fit([surprises(model, fit) for model in able], [surprises(model, calibration) for model in able])

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ TYPICALITY = "NLL, typicality"
 ENSEMBLE = "ensemble"
 LIT = 0.05  # α of the masks that are counted on normal images
 
-Described = list[dict[str, float]]
+Described = list[calibrations.Described]
 
 
 @dataclass(frozen=True)
@@ -142,11 +141,11 @@ def _subject(dataset: Dataset, settings: Settings, data_dir: Path | None, bars: 
         NORMAL: dataset.splits["test"].x[: settings.images],
         **{one.name: one.x for one in odd},
     }
-    folder = settings.work / f"{_slug(dataset.name)}-{dataset.digest[:12]}"
+    folder = settings.work / f"{scored.slug(dataset.name)}-{dataset.digest[:12]}"
     complexity = {}
     for name, x in images.items():
         with bars.task(f"{dataset.name}: compressed size: {name}") as report:
-            complexity[name] = scored.kept(_file(folder, name), x, scored.complexities, report)["complexity"]
+            complexity[name] = scored.kept(scored.file(folder, name), x, scored.complexities, report)["complexity"]
     return Subject(dataset, odd, complexity, images)
 
 
@@ -175,7 +174,7 @@ def _scorer(folder: Path, subject: Subject, settings: Settings, bars: Bars) -> S
 
 def _calibration(folder: Path, ensemble: Ensemble | None, versions: Mapping[str, str]) -> Calibration:
     if ensemble is None:
-        packed = _checkpoint.read_file(folder, FILE)
+        packed = _checkpoint.readscored.file(folder, FILE)
         found = calibrations.unpack(packed)
         if found.about.get("weights_sha256") != next(iter(versions.values())):
             raise CalibrationError(f"{folder.name}: {FILE} was made for other weights; calibrate again")
@@ -196,27 +195,21 @@ def _score(
     described, surprise = {}, {}
     for name, x in subject.images.items():
         with bars.task(f"{folder.name}: {name}") as report:
-            rows = scored.kept(_file(work, name), x, lambda block: scored.scores(model, block), report)
+            rows = scored.kept(scored.file(work, name), x, lambda block: scored.scores(model, block), report)
         described[name] = scored.described(x, rows, subject.complexity[name])
     if mapped and isinstance(model, Localiser):
         for name in (NORMAL, *(odd.name for odd in subject.odd if odd.masks is not None)):
             x = subject.images[name][: settings.maps]
             with bars.task(f"{folder.name}: maps: {name}") as report:
-                rows = scored.kept(_file(work, f"map of {name}"), x, lambda block: _surprise(model, block), report)
+                rows = scored.kept(
+                    scored.file(work, f"map of {name}"), x, lambda block: _surprise(model, block), report
+                )
             surprise[name] = rows["surprise"]
     return described, surprise
 
 
 def _surprise(model: Model, x: Images) -> dict[str, Floats]:
     return {"surprise": surprises(model, x).astype(np.float64)}
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{_slug(name)}.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------------------- measured
@@ -252,7 +245,7 @@ def measured(scorer: Scorer, subject: Subject, settings: Settings) -> dict[str, 
         "family": scorer.family,
         "versions": dict(scorer.versions),
         "images": len(score[NORMAL]),
-        "detector": calibration.detector.kind,
+        "detector": calibration.kind,
         "statistics": list(calibration.statistics),
         "calibration_n": calibration.n,
         "calibration_sha256": calibration.sha256,

@@ -7,6 +7,7 @@ rows are computed again: where they differ, the model, the set or the code has c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from anomaly.calibration import describe
+from anomaly.calibration import Described, describe
 from anomaly.complexity import compressed_bits
 from models._checkpoint import write_file
 from models._protocol import Density, Model
@@ -30,7 +31,16 @@ Rows = Mapping[str, Floats]  # each (n, …), by name
 CHUNK = 256  # images between two writes
 CHECKED = 4  # rows that are computed again
 BATCH = 64
-_STATISTIC = "statistic."
+_STATISTIC, _FEATURE = "statistic.", "feature."
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def file(folder: Path, name: str) -> Path:
+    """Where what is said of a set is kept."""
+    return folder / f"{slug(name)}.safetensors"
 
 
 def kept(path: Path, x: Images, compute: Callable[[Images], Rows], report: Report) -> dict[str, Floats]:
@@ -83,7 +93,8 @@ def _spread(values: NDArray[np.float64]) -> float:
 
 
 def scores(model: Model, x: Images) -> dict[str, Floats]:
-    """log_prob or energy, and every statistic under "statistic.<name>", of images without labels."""
+    """log_prob or energy, every statistic under "statistic.<name>", and every feature vector under "feature.<name>", of
+    images without labels."""
     assert isinstance(model, Density), "a model whose Spec has a likelihood is a Density"
     parts: list[dict[str, Floats]] = []
     with torch.inference_mode():
@@ -91,6 +102,7 @@ def scores(model: Model, x: Images) -> dict[str, Floats]:
             score = model.log_prob(torch.from_numpy(x[start : start + BATCH]).to(model.device).float() / 255)
             numbers = {"log_prob": score.log_prob, "energy": score.energy}
             numbers |= {_STATISTIC + name: value for name, value in score.statistics.items()}
+            numbers |= {_FEATURE + name: value for name, value in score.features.items()}
             parts.append({name: v.double().cpu().numpy() for name, v in numbers.items() if v is not None})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -100,9 +112,10 @@ def complexities(x: Images) -> dict[str, Floats]:
     return {"complexity": np.array([compressed_bits(image) for image in x])}
 
 
-def described(x: Images, rows: Rows, complexity: Floats) -> list[dict[str, float]]:
+def described(x: Images, rows: Rows, complexity: Floats) -> list[Described]:
     """What a detector is given of each image, as `anomaly.calibration.describe` puts it together."""
     names = [name for name in rows if name.startswith(_STATISTIC)]
+    vectors = [name for name in rows if name.startswith(_FEATURE)]
     return [
         describe(
             image,
@@ -110,11 +123,12 @@ def described(x: Images, rows: Rows, complexity: Floats) -> list[dict[str, float
             float(rows["energy"][i]) if "energy" in rows else None,
             {name.removeprefix(_STATISTIC): float(rows[name][i]) for name in names},
             float(complexity[i]),
+            {name.removeprefix(_FEATURE): rows[name][i] for name in vectors},
         )
         for i, image in enumerate(x)
     ]
 
 
-def column(images: Sequence[Mapping[str, float]], name: str) -> Floats:
+def column(images: Sequence[Described], name: str) -> Floats:
     """One number of each described image."""
     return np.array([image[name] for image in images], dtype=np.float64)

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from anomaly.calibration import CalibrationError
+from anomaly.calibration import CalibrationError, Described
 from service import errors, images, schemas, scoring
 from service.bodies import JSON, MULTIPART, media_type, read_form, read_json, require_media_type
 from service.calibrations import Known
@@ -192,7 +192,7 @@ def _results_of_ensemble(
     options: ScoreOptions,
     scorers: Sequence[Scorer],
     found: Sequence[Found],
-    described: Sequence[list[dict[str, float]]],
+    described: Sequence[list[Described]],
     own: Sequence[Known],
     whole: Together,
     drawn: Drawn | None,
@@ -200,6 +200,7 @@ def _results_of_ensemble(
 ) -> list[ScoreResult]:
     statistics = scoring.together(whole.names, [described[k] for k in whole.order])
     verdicts = _anomalies(options, _told(options), whole.known, statistics, warnings)
+    shown = scoring.shown(options, whole.known, statistics)
     members = [
         _scores(options, scorer, one, of_model, known, warnings)
         for scorer, one, of_model, known in zip(scorers, found, described, own, strict=True)
@@ -211,7 +212,7 @@ def _results_of_ensemble(
             stderr=None,
             anomaly=verdicts[k],
             by_label=None,
-            statistics=statistics[k],
+            statistics=shown[k],
             members={scorer.id: of_model[k] for scorer, of_model in zip(scorers, members, strict=True)},
             **_pictures(drawn, k),
         )
@@ -223,7 +224,7 @@ def _scores(
     options: ScoreOptions,
     scorer: Scorer,
     found: Found,
-    described: Sequence[dict[str, float]],
+    described: Sequence[Described],
     known: Known,
     warnings: list[str],
 ) -> list[ModelScore]:
@@ -234,12 +235,12 @@ def _scores(
     by_label: Sequence[dict[str, float] | None] = [None] * len(described)
     if found.by_label is not None:
         by_label = [dict(zip(labels, logs, strict=True)) for logs in found.by_label]
-    each = zip(found.scored, described, verdicts, by_label, strict=True)
+    each = zip(found.scored, scoring.shown(options, known, described), verdicts, by_label, strict=True)
     return [_score(s, dims, d, a, logs) for s, d, a, logs in each]
 
 
 def _score(
-    scored: Scored, dims: int, described: dict[str, float], anomaly: Anomaly | None, by_label: dict[str, float] | None
+    scored: Scored, dims: int, shown: dict[str, float], anomaly: Anomaly | None, by_label: dict[str, float] | None
 ) -> ModelScore:
     log_prob = None if scoring.impossible(scored) else scored.log_prob
     return ModelScore(
@@ -250,7 +251,7 @@ def _score(
         converged=scored.converged,
         anomaly=anomaly,
         by_label=by_label,
-        statistics={name: value for name, value in described.items() if name != "energy"},
+        statistics={name: value for name, value in shown.items() if name != "energy"},
     )
 
 
@@ -266,7 +267,7 @@ def _drift(scorers: Sequence[Scorer], own: Sequence[Known], answer: ScoreRespons
 
 
 def _anomalies(
-    options: ScoreOptions, who: str, known: Known, statistics: Sequence[dict[str, float]], warnings: list[str]
+    options: ScoreOptions, who: str, known: Known, statistics: Sequence[Described], warnings: list[str]
 ) -> list[Anomaly | None]:
     """None of each where there is no calibration, or it does not fit; then a warning tells."""
     try:
