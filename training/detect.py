@@ -174,7 +174,7 @@ def _scorer(folder: Path, subject: Subject, settings: Settings, bars: Bars) -> S
 
 def _calibration(folder: Path, ensemble: Ensemble | None, versions: Mapping[str, str]) -> Calibration:
     if ensemble is None:
-        packed = _checkpoint.readscored.file(folder, FILE)
+        packed = _checkpoint.read_file(folder, FILE)
         found = calibrations.unpack(packed)
         if found.about.get("weights_sha256") != next(iter(versions.values())):
             raise CalibrationError(f"{folder.name}: {FILE} was made for other weights; calibrate again")
