@@ -353,7 +353,11 @@ class OnePassDensity(Density):
             per_pixel=rows.per_pixel if self.has_pixel_terms else None,
             statistics=dict(zip(self.statistic_names, statistics, strict=True)),
             features=dict(
-                zip(self.feature_sizes, rows.features.split(list(self.feature_sizes.values()), dim=1), strict=True)
+                zip(
+                    self.feature_sizes,
+                    torch.split(rows.features, list(self.feature_sizes.values()), dim=1),
+                    strict=True,
+                )
             )
             if self.feature_sizes
             else {},
