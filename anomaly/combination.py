@@ -12,8 +12,9 @@ taken for an exponential one, so that what lies beyond all normal images is the 
     of several models it is log Σ 1/p, which ranks as the harmonic mean does (Wilson 2019, doi 10.1073/pnas.1814092116):
     each family sees what the others are blind to, and one that is sure must not be outvoted by those that see nothing
 
-Both are fixed, for all families, and not chosen by any data. Sources are not independent, so neither has the
-distribution that its name promises; it need not, since the score is calibrated like any other (`anomaly.conformal`).
+Both are the same for all families; docs/05 tells what was compared before they were settled. Sources are not
+independent, so neither has the distribution that its name promises; it need not, since the score is calibrated like any
+other (`anomaly.conformal`).
 """
 
 from __future__ import annotations
