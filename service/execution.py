@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 Determinism: TypeAlias = Literal["exact", "pixels"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
+Favour: TypeAlias = Literal["lone", "full", "both"]  # rows: whose steps shall be fast
 
 EAGER, CHANNELS_LAST, COMPILE, ONNX, CUDA_GRAPHS = MODES = (
     "eager",

@@ -29,7 +29,7 @@ from models import _modes, _onnx
 from models._modes import Arguments, Call, NotApplicable
 from models._protocol import Model
 from service.engine import Warm
-from service.execution import CHANNELS_LAST, COMPILE, CUDA_GRAPHS, EAGER, ONNX, Execution, Precision
+from service.execution import CHANNELS_LAST, COMPILE, CUDA_GRAPHS, EAGER, ONNX, Execution, Favour, Precision
 from service.programs import Drawing
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class _Choice:
     model: Model
     mode: str
     precision: Precision
+    timed: Sequence[int]  # rows of the steps whose time decides
     not_chosen: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -78,7 +79,7 @@ class _Choice:
                 _same_levels(self.reference, model, max_rows)
             else:
                 _levels(model, min(CANONICAL_ROWS, max_rows))
-            ratio = _ratio(model, self.model, max_rows)
+            ratio = _ratio(model, self.model, self.timed)
         except Exception as e:  # whatever a mode raises when it draws, another serves
             self.not_chosen[mode] = _reason(e)
             return False
@@ -94,6 +95,7 @@ class Modes:
     """Chooses for the models of a worker. Eager is always among the candidates.
 
     warm: the engine's. folder: whose subfolders are the checkpoints. precision: by model; float32 where it names none.
+    favour: what the fastest is the fastest at, a lone row, a full batch, or both.
     tell: called from another thread with what was compiled.
     """
 
@@ -105,14 +107,17 @@ class Modes:
         precision: Mapping[str, Precision] | None = None,
         max_rows: int = 64,
         tell: Callable[[Renewed], None] = lambda renewed: None,
+        favour: Favour = "both",
     ) -> None:
         self._warm, self._folder, self._modes, self._tell = warm, folder, tuple(modes), tell
         self._precision, self._max_rows = precision or {}, max_rows
+        full = min(CANONICAL_ROWS, max_rows)
+        self._timed = {"lone": (1,), "full": (full,), "both": (1, full)}[favour]
 
     def warm(self, name: str, model: Model) -> Warm:
         """`Engine.warm`, in the best of the modes that are there at once. Raises what that does."""
         wanted = [mode for mode in self._modes if mode != EAGER]
-        choice = _Choice(model, model, EAGER, "float32")
+        choice = _Choice(model, model, EAGER, "float32", self._timed)
         if wanted or self._precision.get(name, "float32") != "float32":
             with torch.inference_mode():
                 self._choose(name, choice, wanted)
@@ -217,11 +222,11 @@ def _same_levels(reference: Model, other: Model, max_rows: int) -> None:
         raise NotApplicable(f"changes {differ} of {expected.size} pixels")
 
 
-def _ratio(candidate: Model, chosen: Model, max_rows: int) -> float:
-    """The candidate's time of a step over that of the one chosen so far: the geometric mean of a lone row's and of a
-    full batch's, measured in turns."""
+def _ratio(candidate: Model, chosen: Model, timed: Sequence[int]) -> float:
+    """The candidate's time of a step over that of the one chosen so far, measured in turns: the geometric mean over
+    steps of so many rows."""
     ratios = []
-    for rows in {1, min(CANONICAL_ROWS, max_rows)}:
+    for rows in timed:
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(TIMED + 1):
             for model, told in zip((candidate, chosen), times, strict=True):

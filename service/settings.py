@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.execution import modes_in, precisions_in
+from service.execution import Favour, modes_in, precisions_in
 
 
 class Settings(BaseSettings):
@@ -42,6 +42,10 @@ class Settings(BaseSettings):
         "eager",
         description="ways to run networks that are tried when a model is loaded: eager, channels-last, onnx, "
         "cuda-graphs, compile (in the background); the fastest with equal 8-bit images is taken",
+    )
+    favour: Favour = Field(
+        "both",
+        description="what the fastest mode is the fastest at: a lone row (latency), a full batch (throughput), or both",
     )
     precision: str = Field(
         "", description='models that are drawn from in another precision than float32: "model=bfloat16,model=bfloat16"'

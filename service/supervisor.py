@@ -99,6 +99,7 @@ class Supervisor:
         command = ["-m", "service.worker", *reach.arguments, "--name", name, "--device", device]
         command += ["--models", str(settings.models), "--max-rows", str(settings.max_rows)]
         command += ["--determinism", settings.determinism, "--modes", settings.modes, "--precision", settings.precision]
+        command += ["--favour", settings.favour]
         command += ["--traces", settings.traces]
         if settings.compile_cache is not None:
             command += ["--compile-cache", str(settings.compile_cache)]

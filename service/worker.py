@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import torch
 
@@ -27,7 +27,7 @@ from service import tracing
 from service.broker import SUSPECT, Claims, Event, Job, WorkerState
 from service.broker_local import LocalClaims
 from service.engine import Engine
-from service.execution import Determinism, Precision, modes_in, precisions_in
+from service.execution import Determinism, Favour, Precision, modes_in, precisions_in
 from service.loader import Found, Gone, Loaded, Loader, News, Refused, Scanned
 from service.messages import Failed, Generate, MapImages, Message, ScoreImages, pack, unpack
 from service.modes import Modes, Renewed, use_cache
@@ -78,6 +78,7 @@ class Worker:
         determinism: Determinism = "exact",
         modes: Sequence[str] = (),
         precision: Mapping[str, Precision] | None = None,
+        favour: Favour = "both",
     ) -> None:
         self._name, self._device = name, device
         self._drain_seconds = drain_seconds
@@ -92,7 +93,7 @@ class Worker:
         self._talk: _Talk | None = None
         self._spans = tracing.JobSpans()
         self._engine = Engine(self._emit, device, max_rows, determinism=determinism)
-        self._modes = Modes(self._engine.warm, folder, modes, precision, max_rows, self._inbox.put)
+        self._modes = Modes(self._engine.warm, folder, modes, precision, max_rows, self._inbox.put, favour)
         self._loader = Loader(folder, device, self._modes.warm, self._inbox.put)
         self._residency = Residency(self._engine, self._loader.load, memory)
 
@@ -393,6 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch")
     parser.add_argument("--determinism", choices=("exact", "pixels"), default="exact")
     parser.add_argument("--modes", type=modes_in, default=("eager",))
+    parser.add_argument("--favour", choices=get_args(Favour), default="both")
     parser.add_argument("--precision", type=precisions_in, default={})
     parser.add_argument("--compile-cache", type=Path)
     parser.add_argument("--traces", choices=("off", "console", "otlp"), default="off")
@@ -407,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     tracing.start(args.traces, "drawwell-worker")
     worker = Worker(
         *(args.name, args.device, args.models, args.max_rows, args.drain_seconds, args.model_memory),
-        *(args.determinism, args.modes, args.precision),
+        *(args.determinism, args.modes, args.precision, args.favour),
     )
     signal.signal(signal.SIGTERM, lambda *_: worker.drain())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the API ends its workers itself

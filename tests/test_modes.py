@@ -19,7 +19,7 @@ from models._modes import Canonical, NotApplicable, called, example_draws, twin
 from models._protocol import Model
 from service import modes
 from service.engine import Engine
-from service.execution import Execution, Precision, execution_in, modes_in, precisions_in
+from service.execution import Execution, Favour, Precision, execution_in, modes_in, precisions_in
 from service.loader import weigh
 from service.messages import Completed, Generate, ImageDone, Message, Scored, ScoreImages
 from service.modes import Modes, Renewed
@@ -186,11 +186,21 @@ def test_what_calls_no_network_cannot_be_exported(tmp_path: Path, capsys: pytest
 class Desk:
     """An engine that serves a model in the mode chosen for it."""
 
-    def __init__(self, model: Model, folder: Path, modes: Sequence[str] = (), precision: Precision = "float32") -> None:
+    def __init__(
+        self,
+        model: Model,
+        folder: Path,
+        modes: Sequence[str] = (),
+        precision: Precision = "float32",
+        favour: Favour = "both",
+        max_rows: int = 8,
+    ) -> None:
         self.told: dict[str, list[Message]] = {}
-        self.engine = Engine(lambda job, message, final: self.told.setdefault(job, []).append(message), max_rows=8)
+        self.engine = Engine(
+            lambda job, message, final: self.told.setdefault(job, []).append(message), max_rows=max_rows
+        )
         self.renewed: list[Renewed] = []
-        self.modes = Modes(self.engine.warm, folder, modes, {"m": precision}, 8, self.renewed.append)
+        self.modes = Modes(self.engine.warm, folder, modes, {"m": precision}, max_rows, self.renewed.append, favour)
         self.warm = self.modes.warm("m", model)
         self.engine.take_in("m", "1", self.warm)
 
@@ -240,6 +250,19 @@ def test_a_mode_that_raises_or_has_nothing_to_run_leaves_the_model_in_service(
     found = Desk(alone, tmp_path, ["channels-last"], "bfloat16").warm.execution
     assert found.precision == "float32"
     assert set(found.not_chosen) == {"channels-last", "bfloat16"}
+
+
+def test_what_shall_be_fast_decides_between_modes(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of what is compiled for sixteen rows: faster where there are as many, slower where there is one."""
+    monkeypatch.setattr(modes, "_same_levels", lambda *_: None)
+    seconds = {("original", 1): 1.0, ("other", 1): 3.0, ("original", 16): 8.0, ("other", 16): 4.0}
+    monkeypatch.setattr(modes, "_seconds", lambda m, rows: seconds["original" if m is model else "other", rows])
+    for favour, mode in (("lone", "eager"), ("full", "channels-last"), ("both", "eager")):
+        found = Desk(model, tmp_path, ["channels-last"], favour=favour, max_rows=16).warm.execution
+        assert found.mode == mode
+    assert found.not_chosen["channels-last"].startswith("1.22 times")  # √(3 · ½)
 
 
 def test_the_faster_of_equal_modes_is_chosen_and_draws_the_same(

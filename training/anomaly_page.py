@@ -40,7 +40,7 @@ def write(page: Path, results: Results) -> list[Path]:
     """Both files. Raises `RunError` for a page that is missing, or has no markers."""
     text = between_markers(page, MARKERS, "\n".join(_sections(results, page)))
     path = page.with_suffix(".json")
-    write_file(path, (json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+    write_file(path, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
     write_file(page, text.encode())
     return [page, path]
 
