@@ -306,7 +306,12 @@ def test_bfloat16_is_told_and_leaves_scores_alone(model: Model, tmp_path: Path) 
         desk.engine.submit("s", "m", ScoreImages(x, (-1,) * 3))
         while desk.engine.step():
             pass
-    assert [m for m in plain.told["s"] if isinstance(m, Scored)] == [m for m in low.told["s"] if isinstance(m, Scored)]
+    scores, same = ([m for m in desk.told["s"] if isinstance(m, Scored)] for desk in (plain, low))
+    assert len(scores) == 3
+    for a, b in zip(scores, same, strict=True):
+        assert dataclasses.replace(a, features={}) == dataclasses.replace(b, features={})
+        assert a.features.keys() == b.features.keys()
+        assert all(np.array_equal(a.features[name], b.features[name]) for name in a.features)
     assert plain.told["s"][-1].precision == low.told["s"][-1].precision == "float32"  # type: ignore[union-attr]
 
 
