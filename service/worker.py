@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeAlias, get_args
 
 import torch
+from uvicorn.loops.auto import auto_loop_factory
 
 from service import tracing
 from service.broker import SUSPECT, Claims, Event, Job, WorkerState
@@ -285,7 +286,7 @@ class _Talk:
 
     def __init__(self, connect: Callable[[], Awaitable[Claims]], inbox: queue.SimpleQueue[_Command]) -> None:
         self._connect, self._inbox = connect, inbox
-        self._loop = asyncio.new_event_loop()
+        self._loop = auto_loop_factory()()  # uvloop, where there is one, as the API has
         self._thread = threading.Thread(target=self._run, name="talk", daemon=True)
         self._begun = threading.Event()
         self._told: asyncio.Queue[_Told | None] = asyncio.Queue()

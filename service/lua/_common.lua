@@ -12,10 +12,12 @@ local function events_key(id) return P .. 'events:' .. id end
 local function running_key(model) return P .. 'running:' .. model end
 local function queue_key(priority, model) return P .. 'q:' .. priority .. ':' .. model end
 
--- Wake whoever waits for news of a job: the API process that it came from, and others that asked.
-local function tell(id, home)
-  if home then redis.call('PUBLISH', home, id) end
-  redis.call('PUBLISH', P .. 'news:' .. id, id)
+-- Wake whoever waits for news of a job: the API process that it came from, and others that asked. What was told, if it is
+-- short, comes with it and needs not be asked for: payloads, the first of which has that number; the last may be final.
+local function tell(id, home, first, payloads, final)
+  local news = cmsgpack.pack({id, first or 0, payloads or {}, final == '1'})
+  if home then redis.call('PUBLISH', home, news) end
+  redis.call('PUBLISH', P .. 'news:' .. id, news)
 end
 
 -- A job begins to wait for a worker, in its place: into its queue and the books of its line; and one worker that waits for
@@ -57,7 +59,7 @@ local function wait_no_longer(id)
 end
 
 -- The job is over: off its queue and out of the bound; what was told of it stays for a while.
-local function finish(id, lost)
+local function finish(id, lost, first, payloads)
   local key = job_key(id)
   local job = redis.call('HMGET', key, 'model', 'entry', 'units', 'home', 'keep')
   redis.call('HSET', key, 'state', 'ended')
@@ -71,7 +73,7 @@ local function finish(id, lost)
   if redis.call('HDEL', P .. 'units', id) == 1 then redis.call('DECRBY', P .. 'queued', job[3]) end
   redis.call('PEXPIRE', key, job[5])
   redis.call('PEXPIRE', events_key(id), job[5])
-  tell(id, job[4])
+  tell(id, job[4], first, payloads, '1')
 end
 
 -- Entry of the stream `running` is in this worker's hands: make its job the worker's own, if it is still to be done.

@@ -6,14 +6,17 @@ if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 0 en
 redis.call('HSET', key, 'began', company)
 local last = #ARGV
 local number = redis.call('HINCRBY', key, 'told', last - 6) - (last - 6)
+local first, short, bytes = number + 1, {}, 0
 for k = 7, last do
   number = number + 1
+  short[#short + 1], bytes = ARGV[k], bytes + #ARGV[k]
   redis.call('XADD', events_key(id), 'MAXLEN', '~', 4096, number .. '-0', 'p', ARGV[k], 'f', (k == last) and final or '0')
 end
+if bytes > 16384 then first, short = nil, nil end
 if final == '1' then
-  finish(id)
+  finish(id, nil, first, short)
 else
   redis.call('PEXPIRE', events_key(id), redis.call('PTTL', key))
-  tell(id, job[4])
+  tell(id, job[4], first, short, final)
 end
 return 1
