@@ -20,6 +20,7 @@ Conventions, for every family:
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -499,5 +500,4 @@ class Model(nn.Module, Sampler, Trainable):
 
     @property
     def device(self) -> torch.device:
-        tensor: Tensor = next(iter(self.state_dict().values()))
-        return tensor.device
+        return next(itertools.chain(self.parameters(), self.buffers())).device

@@ -39,5 +39,10 @@ class Window:
         """Of whom no more is wanted: model -> tenants."""
         return {model: list(of) for model, of in self._rows.items() if self._total(model) >= AHEAD * self._batch}
 
+    def free(self, models: Iterable[str]) -> dict[str, int]:
+        """Rows until there is enough of whomever: model -> rows, where there are any."""
+        rows = {model: AHEAD * self._batch - self._total(model) for model in models}
+        return {model: free for model, free in rows.items() if free > 0}
+
     def _total(self, model: str) -> int:
         return self._rows[model].total() if model in self._rows else 0

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,7 @@ class Worker:
         self._outbox: dict[str, list[Event]] = {}
         self._window = Window(max_rows)
         self._held: dict[str, Job] = {}
+        self._taken = 0  # jobs, of all that were claimed
         self._announced = 0.0  # when, on the clock
         self._untold = False  # whether the load is another one since
         self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
@@ -186,6 +188,7 @@ class Worker:
             self._announce()
 
     def _take(self, job: Job) -> None:
+        self._taken += 1
         if self._suspect is not None:
             self._give_back([job])
             return
@@ -261,7 +264,7 @@ class Worker:
             self._talk.want(_Want())
             return
         here, absent = self._window.room(self._residency.here()), self._window.room(self._residency.absent())
-        self._talk.want(_Want(here, absent, self._window.enough()))
+        self._talk.want(_Want(here, absent, self._window.enough(), self._window.free(here), self._taken))
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,8 @@ class _Want:
     models: Sequence[str] = ()
     absent: Sequence[str] = ()
     enough: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    free: Mapping[str, int] = field(default_factory=dict)  # rows that may come before the worker says so again
+    taken: int = 0  # jobs that it has counted in so far
 
 
 _Told: TypeAlias = "dict[str, list[Event]] | WorkerState | _Want | _HandBack"
@@ -292,6 +297,8 @@ class _Talk:
         self._told: asyncio.Queue[_Told | None] = asyncio.Queue()
         self._wanted = _Want()
         self._changed = asyncio.Event()
+        self._given = 0  # jobs
+        self._uncounted: deque[Job] = deque()  # those of them that the worker has not counted in yet
 
     def start(self) -> None:
         self._thread.start()
@@ -355,10 +362,13 @@ class _Talk:
                 await claims.hand_back(what.job_ids)
             else:
                 self._wanted = what
+                while len(self._uncounted) > self._given - what.taken:
+                    self._uncounted.popleft()
                 self._changed.set()
 
     async def _claim(self, claims: Claims) -> None:
-        """Keep one claim standing for the models that have room; each change replaces it."""
+        """Keep one claim standing for the models that have room; each change replaces it. The next one waits for the
+        worker, who is in the middle of a step perhaps, only where it would take more than is free."""
         while True:
             self._changed.clear()
             wanted = self._wanted
@@ -370,8 +380,13 @@ class _Talk:
             try:
                 await asyncio.wait([claim, changed], return_when=asyncio.FIRST_COMPLETED)
                 if claim.done():
-                    self._inbox.put(_NewJob(claim.result()))
-                    await changed  # the worker counts the job in before it asks for more
+                    job = claim.result()
+                    self._given += 1
+                    self._uncounted.append(job)
+                    self._inbox.put(_NewJob(job))
+                    coming = sum(other.rows for other in self._uncounted if other.model == job.model)
+                    if coming >= self._wanted.free.get(job.model, 0):
+                        await changed
             finally:
                 claim.cancel()
                 changed.cancel()

@@ -1,0 +1,80 @@
+"""How a worker's talking thread claims: ahead of the worker, who is in the middle of a step, as far as is free."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import pytest
+
+from service.broker import NOBODY, Claims, Event, Job, WorkerState
+from service.window import AHEAD, Window
+from service.worker import _NewJob, _Talk, _Want
+
+
+class Plenty(Claims):
+    """A broker that always has one more job, of so many rows."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._count = rows, 0
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+    async def announce(self, state: WorkerState) -> None: ...
+
+    async def claim(
+        self, models: Sequence[str], absent: Sequence[str] = (), enough: Mapping[str, Sequence[str]] = NOBODY
+    ) -> Job:
+        await asyncio.sleep(0)
+        self._count += 1
+        return Job(str(self._count), models[0], b"", self._rows, 1)
+
+    async def cancellations(self) -> AsyncIterator[str]:
+        await asyncio.Event().wait()
+        yield ""
+
+    async def publish(self, job_id: str, events: Sequence[Event]) -> None: ...
+
+    async def hand_back(self, job_ids: Sequence[str]) -> None: ...
+
+
+@pytest.mark.parametrize(("rows", "first", "then"), [(1, 4, 2), (3, 2, 1), (64, 1, 1)])
+def test_as_many_jobs_come_as_are_free_and_no_more_until_they_are_counted_in(rows: int, first: int, then: int) -> None:
+    """One job comes whatever its rows, as to a worker that has room for one more."""
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+
+    async def connect() -> Claims:
+        return Plenty(rows)
+
+    def come() -> int:
+        count = 0
+        try:
+            while True:
+                assert isinstance(inbox.get(timeout=0.3), _NewJob)
+                count += 1
+        except queue.Empty:
+            return count
+
+    talk = _Talk(connect, inbox)  # type: ignore[arg-type]
+    talk.start()
+    try:
+        talk.want(_Want(["m"], free={"m": 4}))
+        assert come() == first
+        talk.want(_Want(["m"], free={"m": 2}, taken=first))
+        assert come() == then
+        talk.want(_Want())
+        assert come() == 0
+    finally:
+        talk.stop()
+
+
+def test_what_is_free_ends_where_there_is_enough() -> None:
+    window = Window(8)
+    assert window.free(["m", "other"]) == {"m": AHEAD * 8, "other": AHEAD * 8}
+    window.add(Job("1", "m", b"", 5, 1))
+    assert window.free(["m"]) == {"m": AHEAD * 8 - 5}
+    window.add(Job("2", "m", b"", AHEAD * 8, 1))
+    assert window.free(["m"]) == {}
+    assert window.enough() == {"m": [""]}
