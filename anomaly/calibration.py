@@ -37,8 +37,6 @@ from anomaly.heatmaps import Maps
 FORMAT = 2
 DIRECTED = "excess_bits"  # a log-likelihood ratio, of a compressor to the model: what is odd has more of it
 FILE = "calibration.safetensors"  # beside the model whose scores it calibrates
-
-
 LEVELS = ("distances", "sources", "models")  # of a `Combination`
 
 

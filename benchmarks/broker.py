@@ -76,12 +76,14 @@ async def over_redis(url: str) -> AsyncIterator[Broker]:
     child.start()
     broker = RedisBroker(url, 10**9, keep=5.0)
     running = asyncio.ensure_future(broker.run())
-    yield broker
-    end.set()
-    await asyncio.to_thread(child.join)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
-    await broker.close()
+    try:
+        yield broker
+    finally:
+        end.set()
+        await asyncio.to_thread(child.join)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await broker.close()
 
 
 async def answer(claims: Claims, seconds: float = 0.0) -> None:

@@ -129,11 +129,8 @@ class ResidualGenerator(nn.Module):
         """z (B, latent), labels (B,) all given where there are classes, temperature (B,) -> (B, C, H, W)."""
         z = z if temperature is None else z * temperature[:, None]
         code = z if self.embedding is None else torch.cat([z, self.embedding(labels)], dim=1)
-        asked, rows, code = (
-            z.shape[0],
-            at_least(2, z).shape[0],
-            at_least(4, code),
-        )  # so an image alone comes out the same
+        asked, rows = z.shape[0], at_least(2, z).shape[0]
+        code = at_least(4, code)  # and two rows of maps: so an image alone comes out the same
         h = self.start(code)[:rows].view(-1, *self.start_shape).contiguous(memory_format=torch.channels_last)
         for i, stage in enumerate(self.stages):
             h = stage(F.pixel_shuffle(h, 2) if i else h, code)

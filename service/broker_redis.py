@@ -77,10 +77,9 @@ log = logging.getLogger(__name__)
 GROUP = "workers"
 POLL_SECONDS = 1.0  # between looks without being told, in case a message on a channel was lost
 GONE_SECONDS = 60.0  # that a worker is silent before what Redis keeps of it is forgotten
-BOX = 64  # events that wait in this process for a slow reader; it then asks for them again
-FRESH = 1024  # jobs submitted here that nobody has asked for yet
+BOX = 2**16  # bytes of events that wait in this process for a slow reader; it then asks for them again
+FRESH = 256  # jobs submitted here that nobody has asked for yet, whose news are kept so
 LONGEST = 24 * 3600.0  # seconds that a job without a timeout of its own may take
-
 
 _Told = tuple[int, bytes, bool]  # an event: its number, what `Store.store` made of its payload, whether it is the last
 
@@ -93,7 +92,8 @@ class _Box:
         self._told: list[_Told] = []
 
     def put(self, told: list[_Told]) -> None:
-        self._told = [] if len(self._told) > BOX else self._told + told
+        together = self._told + told
+        self._told = together if sum(len(stored) for _, stored, _ in together) <= BOX else []
         self.news.set()
 
     def take(self, after: int) -> list[_Told]:

@@ -261,7 +261,7 @@ class Worker:
         """Ask for more work for the models that have room."""
         assert self._talk is not None
         if self._ends_at is not None or self._suspect is not None:
-            self._talk.want(_Want())
+            self._talk.want(_Want(taken=self._taken))
             return
         here, absent = self._window.room(self._residency.here()), self._window.room(self._residency.absent())
         self._talk.want(_Want(here, absent, self._window.enough(), self._window.free(here), self._taken))

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 
 from redis_server import RedisServer
 
-from service.broker import Broker, Claims, ModelState, WorkerState
+from service.broker import Broker, Claims, Job, ModelState, WorkerState
 from service.broker_local import LocalBroker, LocalClaims
 from service.broker_redis import RedisBroker, RedisClaims
 
@@ -132,3 +132,12 @@ async def workers(kind: Kind, broker: Broker, *names: str) -> AsyncIterator[list
             await link.open(broker, "m")
             stack.push_async_callback(link.die)
         yield links
+
+
+def job(name: str, **changed: object) -> Job:
+    made: dict[str, object] = {"id": name, "model": "m", "payload": b"draw", "rows": 1, "units": 10, "timeout": 30.0}
+    return Job(**made | changed)  # type: ignore[arg-type]
+
+
+async def claim(link: Link) -> Job:
+    return await asyncio.wait_for(link.claims.claim(["m"]), 10)

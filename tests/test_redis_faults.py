@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import CLAIM, Distributed, Link, workers
+from brokers import CLAIM, Distributed, claim, job, workers
 from redis import Redis
 from redis_server import RedisServer
 
 from service._redis import Store
-from service.broker import BrokerAway, Event, Job, QueueFull
+from service.broker import BrokerAway, Event, QueueFull
 from service.broker_redis import RedisBroker, RedisClaims
 
 pytestmark = pytest.mark.anyio
@@ -29,15 +29,6 @@ def anyio_backend() -> str:
 def kind(redis_server: RedisServer) -> Distributed:
     redis_server.flush()
     return Distributed(redis_server)
-
-
-def job(name: str, **changed: object) -> Job:
-    made: dict[str, object] = {"id": name, "model": "m", "payload": b"draw", "rows": 1, "units": 10, "timeout": 30.0}
-    return Job(**made | changed)  # type: ignore[arg-type]
-
-
-async def claim(link: Link) -> Job:
-    return await asyncio.wait_for(link.claims.claim(["m"]), 10)
 
 
 async def test_a_command_whose_answer_was_lost_may_be_sent_again(

@@ -6,11 +6,11 @@ import asyncio
 import re
 
 import pytest
-from brokers import CLAIM, Distributed, Link, workers
+from brokers import CLAIM, Distributed, claim, job, workers
 from redis import Redis
 from redis_server import RedisServer
 
-from service.broker import MAX_DEATHS, Event, Job
+from service.broker import MAX_DEATHS, Event
 from service.broker_redis import GROUP, RedisBroker
 
 pytestmark = pytest.mark.anyio
@@ -28,15 +28,6 @@ def anyio_backend() -> str:
 def kind(redis_server: RedisServer) -> Distributed:
     redis_server.flush()
     return Distributed(redis_server)
-
-
-def job(name: str, **changed: object) -> Job:
-    made: dict[str, object] = {"id": name, "model": "m", "payload": b"draw", "rows": 1, "units": 10, "timeout": 30.0}
-    return Job(**made | changed)  # type: ignore[arg-type]
-
-
-async def claim(link: Link) -> Job:
-    return await asyncio.wait_for(link.claims.claim(["m"]), 10)
 
 
 async def test_when_all_is_over_nothing_is_left_but_a_few_sums(kind: Distributed) -> None:

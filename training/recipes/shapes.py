@@ -29,8 +29,10 @@ def dalle() -> Run:
 
 def text_gan() -> Run:
     """Text to image in one pass: style generator that looks at the caption's words, hinge loss with lazy R1 and a
-    matching-aware, contrastive critic: about two CPU hours of one thread, as its
-    first steps tell; what it reaches was not measured yet."""
+    matching-aware, contrastive critic: about two CPU hours of one thread, as its first steps tell.
+
+    What it reaches was not measured yet.
+    """
     return Run(
         family="gan",
         config=models.gan.Config(
