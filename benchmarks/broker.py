@@ -34,7 +34,8 @@ from benchmarks._frame import Bench, Results, alone, percentile
 from benchmarks._page import table
 from service.broker import Broker, Claims, Event, Job, ModelState, WorkerState
 from service.broker_local import LocalBroker, LocalClaims
-from service.broker_redis import RedisBroker, RedisClaims
+from service.broker_redis import RedisBroker
+from service.claims_redis import RedisClaims
 
 T = TypeVar("T")
 

@@ -1,5 +1,5 @@
-"""The port between the API and the workers. Implemented by `broker_local` (one machine, no Redis) and by `broker_redis`
-(any number of machines that share a Redis).
+"""The port between the API and the workers. Implemented by `broker_local` (one machine, no Redis), and by
+`broker_redis` and `claims_redis` (any number of machines that share a Redis).
 
 A job goes one way and its events come back; what is in them (`payload`) is between routes and workers
 (`service.messages`). Delivery is at least once: a job whose worker died is given to another. A job's payload

@@ -18,8 +18,7 @@ Whatever reads and writes more than one of these is a Lua script (`service/lua`)
 Times are those of the Redis server. Delivery is at least once, and an answer comes exactly once: an attempt has a
 number, and what is told under another number, or of a job that has ended, is dropped.
 
-A worker renews the claims on its jobs while it lives. One that has not done so for `claim_seconds` (it died, was
-stopped, lost its network) loses them to others, and when it comes back it is told so.
+This is the API's side; the workers' is in `claims_redis`.
 """
 
 from __future__ import annotations
@@ -33,30 +32,24 @@ import random
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import msgpack
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from service._redis import (
     ANSWER_SECONDS,
     AWAY,
-    BLOCK_SECONDS,
     PREFIX,
     Store,
     check_cancelled,
     reached,
     steadily,
-    until_reached,
 )
 from service.broker import (
     CANCELLED,
-    MAX_DEATHS,
-    NOBODY,
     Broker,
     BrokerAway,
-    Claims,
     Event,
     Job,
     JobLost,
@@ -70,11 +63,9 @@ from service.broker import (
     state_in,
 )
 from service.forecast import retry_after
-from service.scheduler import AGEING
 
 log = logging.getLogger(__name__)
 
-GROUP = "workers"
 POLL_SECONDS = 1.0  # between looks without being told, in case a message on a channel was lost
 GONE_SECONDS = 60.0  # that a worker is silent before what Redis keeps of it is forgotten
 BOX = 2**16  # bytes of events that wait in this process for a slow reader; it then asks for them again
@@ -230,7 +221,7 @@ class RedisBroker(Broker):
         packed, state, lost, attempt = found
         if packed is None:
             raise KeyError(job_id)
-        job = dataclasses.replace(_job_in(packed), attempt=max(1, int(attempt)))
+        job = dataclasses.replace(job_in(packed), attempt=max(1, int(attempt)))
         job = dataclasses.replace(job, payload=await reached(self._store.fetch(job.payload)))
         return Status(job, state.decode(), None if lost is None else lost.decode())
 
@@ -341,215 +332,6 @@ class RedisBroker(Broker):
                     await self._channels.unsubscribe(f"{PREFIX}news:{job_id}")
 
 
-class RedisClaims(Claims):
-    """A worker's side; see `Claims`. Its name is its own for one life: a worker that is started again has another."""
-
-    def __init__(self, url: str, name: str, claim_seconds: float = 15.0, keep: float = 600.0) -> None:
-        self._store, self.name = Store(url), f"{name}-{uuid.uuid4().hex[:12]}"
-        self._claim_seconds, self._keep = claim_seconds, keep
-        self._held: dict[str, Job] = {}
-        self._ending: set[str] = set()  # those whose end is being told
-        self._wanted: dict[str, Sequence[str]] = {}  # model in memory -> tenants of whom there is enough
-        self._absent: dict[str, Sequence[str]] = {}  # the same of models that would have to be loaded
-        self._wants = asyncio.Event()
-        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
-        self._dropped: asyncio.Queue[str] = asyncio.Queue()
-        self._state: WorkerState | None = None
-
-    async def run(self) -> None:
-        """Until cancelled."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._read())
-                group.create_task(self._hear())
-                group.create_task(steadily(self._renew, self._claim_seconds / 4))
-                group.create_task(steadily(self._take_over, self._claim_seconds / 4))
-                group.create_task(steadily(self._beat, self._claim_seconds / 4))
-        finally:
-            with contextlib.suppress(*AWAY, RedisError):
-                async with self._store.commands.pipeline(transaction=True) as both:
-                    both.delete(f"{PREFIX}worker:{self.name}")
-                    both.srem(f"{PREFIX}workers", self.name)
-                    await both.execute()
-            await self._store.close()
-
-    async def announce(self, state: WorkerState) -> None:
-        self._state = dataclasses.replace(state, name=self.name)
-        with contextlib.suppress(*AWAY):  # the next beat tells
-            await self._beat()
-
-    async def claim(
-        self, models: Sequence[str], absent: Sequence[str] = (), enough: Mapping[str, Sequence[str]] = NOBODY
-    ) -> Job:
-        self._wanted = {model: enough.get(model, ()) for model in models}
-        self._absent = {model: enough.get(model, ()) for model in absent}
-        self._wants.set()
-        try:
-            return await self._jobs.get()
-        finally:
-            self._want_nothing()
-
-    async def cancellations(self) -> AsyncIterator[str]:
-        while True:
-            yield await self._dropped.get()
-
-    async def publish(self, job_id: str, events: Sequence[Event]) -> None:
-        final, told = events[-1].final, False
-        if final:
-            self._ending.add(job_id)
-        while not told:
-            job = self._held.get(job_id)
-            if job is None:
-                self._ending.discard(job_id)
-                return  # another's by now
-            # A publication that was heard but not answered is repeated; readers drop what they have seen.
-            told = await until_reached(partial(self._tell, job, events))
-            if self._held.get(job_id) is job:
-                break  # otherwise this worker lost it and was given it again meanwhile, as another attempt
-        self._ending.discard(job_id)
-        if final or not told:
-            self._held.pop(job_id, None)
-        if not told and not final:
-            self._dropped.put_nowait(job_id)
-
-    async def _tell(self, job: Job, events: Sequence[Event]) -> bool:
-        """False where the job is no longer this worker's."""
-        lifetime = (job.timeout or LONGEST) + self._keep
-        payloads = [await self._store.store(event.payload, lifetime) for event in events]
-        company = "company" if len(self._held) > 1 else "alone"
-        final = "1" if events[-1].final else "0"
-        return bool(await self._store.run("publish", job.id, self.name, job.attempt, company, final, *payloads))
-
-    async def hand_back(self, job_ids: Sequence[str]) -> None:
-        self._want_nothing()
-        mine = [self._held.pop(job_id) for job_id in job_ids if job_id in self._held]
-        if mine:
-            arguments = [part for job in mine for part in (job.id, job.attempt)]
-            await until_reached(lambda: self._store.run("hand_back", self.name, *arguments))
-
-    # ------------------------------------------------------------------------------------------------------ the inside
-
-    def _want_nothing(self) -> None:
-        self._wanted, self._absent = {}, {}
-        self._wants.clear()
-
-    async def _read(self) -> None:
-        """Jobs that are wanted, as long as any are. Those of models that are not in memory are looked for no oftener
-        than others wait for a bell: a worker that has the model is sooner there.
-        """
-        looked = 0.0
-        while True:
-            check_cancelled()
-            await self._wants.wait()
-            if not self._jobs.empty():
-                await self._jobs_taken()
-                continue
-            wanted, now = dict(self._wanted), time.monotonic()
-            if self._absent and now - looked >= BLOCK_SECONDS:
-                wanted, looked = {**wanted, **self._absent}, now
-            try:
-                if not (wanted and await self._ask(wanted)):
-                    await self._wait_for_bell()
-            except AWAY as e:
-                log.warning("Redis: %s; asking again soon", e)
-                await asyncio.sleep(random.uniform(0.1, 0.5))
-
-    async def _ask(self, wanted: Mapping[str, Sequence[str]]) -> bool:
-        """Take a job, if one is queued that is wanted."""
-        described = json.dumps({model: list(tenants) for model, tenants in wanted.items()})
-        given = await self._store.run("claim", self.name, MAX_DEATHS, int(1000 * AGEING), described)
-        if given is None:
-            return False
-        await self._begin(given)
-        return True
-
-    async def _wait_for_bell(self) -> None:
-        """Until a job has come for one of the models in memory, perhaps; not long."""
-        bells = [f"{PREFIX}bell:{model}" for model in self._wanted]
-        if bells:
-            await self._store.waiting.blpop(bells, timeout=BLOCK_SECONDS)
-        else:
-            await asyncio.sleep(BLOCK_SECONDS)
-
-    async def _jobs_taken(self) -> None:
-        await asyncio.sleep(0)
-        while not self._jobs.empty():
-            await asyncio.sleep(0.001)
-
-    async def _begin(self, given: Any) -> None:
-        """What the scripts `claim` and `take` gave to this worker."""
-        packed, attempt, deaths, deaths_alone, waited = given
-        job = dataclasses.replace(
-            _job_in(packed),
-            attempt=attempt,
-            deaths=deaths,
-            deaths_alone=deaths_alone,
-            queued_seconds=waited / 1000,
-        )
-        try:
-            job = dataclasses.replace(job, payload=await self._store.fetch(job.payload))
-        except JobLost as e:
-            await self._store.run("cancel", job.id, str(e))
-            return
-        if job.id in self._held:  # its claim had run out and came back to this very worker: it is being done already
-            self._held[job.id] = job
-            return
-        self._held[job.id] = job
-        self._jobs.put_nowait(job)
-
-    async def _take_over(self) -> None:
-        """Jobs whose workers have not renewed their claims."""
-        for model in [*self._wanted, *self._absent]:
-            stream = f"{PREFIX}running:{model}"
-            try:
-                found = await self._store.commands.xautoclaim(
-                    stream, GROUP, self.name, int(1000 * self._claim_seconds), count=4
-                )
-            except ResponseError as e:
-                if "NOGROUP" not in str(e):  # nobody has had a job for it yet
-                    raise
-                continue
-            for entry, fields in found[1]:
-                if not fields:  # deleted meanwhile
-                    if entry is not None:
-                        await self._store.commands.xack(stream, GROUP, entry)
-                    continue
-                log.warning("taking over a job of %s that its worker no longer claims", model)
-                given = await self._store.run("take", stream, entry, fields[b"job"], self.name, MAX_DEATHS)
-                if given is not None:
-                    await self._begin(given)
-
-    async def _renew(self) -> None:
-        if not self._held:
-            return
-        arguments = [part for job in self._held.values() for part in (job.id, job.attempt)]
-        for job_id in map(bytes.decode, await self._store.run("renew", self.name, *arguments)):
-            if job_id in self._held and job_id not in self._ending:
-                self._dropped.put_nowait(job_id)
-
-    async def _beat(self) -> None:
-        if self._state is not None:
-            packed = msgpack.packb(dataclasses.asdict(self._state))
-            async with self._store.commands.pipeline(transaction=True) as both:
-                both.set(f"{PREFIX}worker:{self.name}", packed, px=int(1000 * self._claim_seconds))
-                both.sadd(f"{PREFIX}workers", self.name)
-                await both.execute()
-
-    async def _hear(self) -> None:
-        while True:
-            try:
-                async with self._store.waiting.pubsub() as channel:
-                    await channel.subscribe(f"{PREFIX}worker:{self.name}")
-                    while True:
-                        check_cancelled()
-                        message = await channel.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS)
-                        if message is not None:
-                            self._dropped.put_nowait(message["data"].decode())
-            except (*AWAY, RedisError) as e:
-                log.warning("Redis: %s; listening again soon", e)
-                await asyncio.sleep(random.uniform(0.1, 0.5))
-
-
 async def workers(url: str) -> list[WorkerState]:
     """Every worker that has announced itself of late. Raises `BrokerAway`."""
     store = Store(url)
@@ -589,5 +371,5 @@ def _job_out(job: Job) -> bytes:
     return packed
 
 
-def _job_in(packed: bytes) -> Job:
+def job_in(packed: bytes) -> Job:
     return Job(**msgpack.unpackb(packed))

@@ -434,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def _over_redis(name: str) -> Claims:
-    from service.broker_redis import RedisClaims
+    from service.claims_redis import RedisClaims
 
     from_environment: dict[str, str] = {}
     settings = Settings(**from_environment)  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ from redis_server import RedisServer
 
 from service.broker import Broker, Claims, Job, ModelState, WorkerState
 from service.broker_local import LocalBroker, LocalClaims
-from service.broker_redis import RedisBroker, RedisClaims
+from service.broker_redis import RedisBroker
+from service.claims_redis import RedisClaims
 
 CLAIM = 0.6  # seconds after which a worker that gives no sign of life loses its jobs
 
@@ -139,5 +140,5 @@ def job(name: str, **changed: object) -> Job:
     return Job(**made | changed)  # type: ignore[arg-type]
 
 
-async def claim(link: Link) -> Job:
-    return await asyncio.wait_for(link.claims.claim(["m"]), 10)
+async def claim(link: Link, *models: str) -> Job:
+    return await asyncio.wait_for(link.claims.claim(models or ("m",)), 10)

@@ -8,7 +8,7 @@ import asyncio
 import dataclasses
 
 import pytest
-from brokers import Kind, Link, workers
+from brokers import Kind, Link, claim, workers
 
 from service.broker import (
     Broker,
@@ -40,10 +40,6 @@ def job(name: str, **changed: object) -> Job:
 async def told(broker: Broker, name: str, after: int = 0) -> list[bytes]:
     async with asyncio.timeout(10):
         return [event.payload async for event in broker.events(name, after)]
-
-
-async def claim(link: Link, *models: str) -> Job:
-    return await asyncio.wait_for(link.claims.claim(models or ("m",)), 10)
 
 
 async def test_a_job_is_claimed_and_its_events_come_back_in_order(kind: Kind) -> None:
@@ -457,7 +453,7 @@ async def test_a_job_handed_back_stands_where_it_stood(kind: Kind) -> None:
 async def test_a_batch_job_waits_no_longer_than_an_interactive_one_that_came_a_while_later(
     kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("service.broker_local", "service.broker_redis"):
+    for module in ("service.broker_local", "service.claims_redis"):
         monkeypatch.setattr(f"{module}.AGEING", 0.3)
     async with kind.broker() as broker, workers(kind, broker, "w") as [w]:
         await broker.submit(job("batch", priority="batch"))

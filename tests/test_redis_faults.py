@@ -15,7 +15,8 @@ from redis_server import RedisServer
 
 from service._redis import Store
 from service.broker import BrokerAway, Event, QueueFull
-from service.broker_redis import RedisBroker, RedisClaims
+from service.broker_redis import RedisBroker
+from service.claims_redis import RedisClaims
 
 pytestmark = pytest.mark.anyio
 

@@ -11,7 +11,8 @@ from redis import Redis
 from redis_server import RedisServer
 
 from service.broker import MAX_DEATHS, Event
-from service.broker_redis import GROUP, RedisBroker
+from service.broker_redis import RedisBroker
+from service.claims_redis import GROUP
 
 pytestmark = pytest.mark.anyio
 

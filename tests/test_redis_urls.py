@@ -22,7 +22,8 @@ from redis_server import RedisServer, binary
 from servers import free_port
 
 from service.broker import Broker, BrokerAway, Event, Job, ModelState, WorkerState
-from service.broker_redis import RedisBroker, RedisClaims, workers
+from service.broker_redis import RedisBroker, workers
+from service.claims_redis import RedisClaims
 
 pytestmark = pytest.mark.anyio
 
