@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -153,11 +153,18 @@ class Store:
         texts = {name: common + (_FOLDER / f"{name}.lua").read_text(encoding="utf-8") for name in _SCRIPTS}
         self._scripts = {name: (hashlib.sha1(text.encode()).hexdigest(), text) for name, text in texts.items()}
 
-    async def run(self, script: str, *arguments: str | int | bytes) -> Any:
+    async def run(self, script: str, *arguments: str | int | bytes, bells: Sequence[str] = ()) -> Any:
+        """Its answer. With bells (lists) it runs when one of them has a token, which goes, or in `BLOCK_SECONDS`."""
         digest, text = self._scripts[script]
         whose = 1, PREFIX  # the one key that is named stands for all: by its hash tag a Cluster knows where they are
         try:
-            answer = await self.commands.evalsha(digest, *whose, PREFIX, *arguments)
+            if bells:
+                async with self.waiting.pipeline(transaction=False) as both:
+                    both.blpop(bells, timeout=BLOCK_SECONDS)
+                    both.evalsha(digest, *whose, PREFIX, *arguments)
+                    _, answer = await both.execute()
+            else:
+                answer = await self.commands.evalsha(digest, *whose, PREFIX, *arguments)
         except NoScriptError:  # since the server was started
             answer = await self.commands.eval(text, *whose, PREFIX, *arguments)
         check_cancelled()

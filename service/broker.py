@@ -206,6 +206,11 @@ class Broker(abc.ABC):
         """The workers that are connected."""
 
 
+def is_wanted(job: Job, wanted: Mapping[str, Sequence[str]]) -> bool:
+    """By a claim for these models, each with the tenants of whom there is enough."""
+    return job.model in wanted and job.tenant not in wanted[job.model]
+
+
 class Claims(abc.ABC):
     """A worker's side."""
 
@@ -227,6 +232,8 @@ class Claims(abc.ABC):
 
         Interactive jobs come before batch jobs, unless these came ten seconds earlier. Among the jobs of one priority
         for one model, tenants take turns by the work that each was given.
+
+        Once it is cancelled it wants nothing: a job that is under way goes back, and that counts as no attempt.
         """
 
     @abc.abstractmethod

@@ -43,6 +43,7 @@ from service.broker import (
     Status,
     Waiting,
     WorkerState,
+    is_wanted,
     state_in,
 )
 from service.forecast import retry_after
@@ -326,6 +327,9 @@ class LocalClaims(Claims):
         self._reader, self._writer = reader, writer
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._cancelled: asyncio.Queue[str] = asyncio.Queue()
+        self._wanted: dict[
+            str, Sequence[str]
+        ] = {}  # by the claim that stands: model -> tenants of whom there is enough
 
     @classmethod
     async def connect(cls, fd: int) -> LocalClaims:
@@ -337,7 +341,11 @@ class LocalClaims(Claims):
         with contextlib.suppress(ConnectionError):
             async for kind, what in _frames(self._reader):
                 if kind == "job":
-                    self._jobs.put_nowait(Job(**what))
+                    job = Job(**what)
+                    if is_wanted(job, self._wanted):
+                        self._jobs.put_nowait(job)
+                    else:  # by now: it was under way when its claim was dropped
+                        _send(self._writer, "hand-back", [job.id])
                 elif kind == "cancel":
                     self._cancelled.put_nowait(what)
 
@@ -348,11 +356,18 @@ class LocalClaims(Claims):
     async def claim(
         self, models: Sequence[str], absent: Sequence[str] = (), enough: Mapping[str, Sequence[str]] = NOBODY
     ) -> Job:
+        self._wanted = {model: enough.get(model, ()) for model in (*absent, *models)}
         if self._jobs.empty():
             described = {model: list(tenants) for model, tenants in enough.items()}
             _send(self._writer, "claim", list(models), list(absent), described)
+        try:
             await self._writer.drain()
-        return await self._jobs.get()
+            return await self._jobs.get()
+        except asyncio.CancelledError:
+            self._want_nothing()
+            raise
+        finally:
+            self._wanted = {}
 
     async def cancellations(self) -> AsyncIterator[str]:
         while True:
@@ -363,9 +378,12 @@ class LocalClaims(Claims):
         await self._writer.drain()
 
     async def hand_back(self, job_ids: Sequence[str]) -> None:
-        _send(self._writer, "claim", [], [], {})  # or they might come back at once
+        self._want_nothing()  # or they might come back at once
         _send(self._writer, "hand-back", list(job_ids))
         await self._writer.drain()
+
+    def _want_nothing(self) -> None:
+        _send(self._writer, "claim", [], [], {})
 
 
 def _send(writer: asyncio.StreamWriter, *frame: Any) -> None:

@@ -30,12 +30,13 @@ from service._redis import (
     steadily,
     until_reached,
 )
-from service.broker import MAX_DEATHS, NOBODY, Claims, Event, Job, JobLost, WorkerState
+from service.broker import MAX_DEATHS, NOBODY, Claims, Event, Job, JobLost, WorkerState, is_wanted
 from service.broker_redis import LONGEST, POLL_SECONDS, job_in
 from service.scheduler import AGEING
 
 log = logging.getLogger(__name__)
 
+BELL_SECONDS = 10.0  # that a token stays in a bell nobody waits for (`service/lua/_common.lua`)
 GROUP = "workers"  # of consumers of the streams of running jobs
 
 
@@ -50,6 +51,7 @@ class RedisClaims(Claims):
         self._wanted: dict[str, Sequence[str]] = {}  # model in memory -> tenants of whom there is enough
         self._absent: dict[str, Sequence[str]] = {}  # the same of models that would have to be loaded
         self._wants = asyncio.Event()
+        self._exhausted: tuple[Mapping[str, Sequence[str]] | None, float] = None, 0.0  # nothing was left of it; when
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._dropped: asyncio.Queue[str] = asyncio.Queue()
         self._state: WorkerState | None = None
@@ -120,16 +122,19 @@ class RedisClaims(Claims):
 
     async def hand_back(self, job_ids: Sequence[str]) -> None:
         self._want_nothing()
-        mine = [self._held.pop(job_id) for job_id in job_ids if job_id in self._held]
-        if mine:
-            arguments = [part for job in mine for part in (job.id, job.attempt)]
-            await until_reached(lambda: self._store.run("hand_back", self.name, *arguments))
+        unseen = [self._jobs.get_nowait().id for _ in range(self._jobs.qsize())]
+        await self._return([self._held.pop(job_id) for job_id in (*job_ids, *unseen) if job_id in self._held])
 
     # ------------------------------------------------------------------------------------------------------ the inside
 
     def _want_nothing(self) -> None:
         self._wanted, self._absent = {}, {}
         self._wants.clear()
+
+    async def _return(self, jobs: Sequence[Job]) -> None:
+        if jobs:
+            arguments = [part for job in jobs for part in (job.id, job.attempt)]
+            await until_reached(lambda: self._store.run("hand_back", self.name, *arguments))
 
     async def _read(self) -> None:
         """Jobs that are wanted, as long as any are. Those of models that are not in memory are looked for no oftener
@@ -142,32 +147,42 @@ class RedisClaims(Claims):
             if not self._jobs.empty():
                 await self._jobs_taken()
                 continue
-            wanted, now = dict(self._wanted), time.monotonic()
-            if self._absent and now - looked >= BLOCK_SECONDS:
-                wanted, looked = {**wanted, **self._absent}, now
+            now = time.monotonic()
             try:
-                if not (wanted and await self._ask(wanted)):
-                    await self._wait_for_bell()
+                if self._absent and now - looked >= BLOCK_SECONDS:
+                    looked = now
+                    if await self._ask({**self._wanted, **self._absent}):
+                        continue
+                await self._ask_or_wait(dict(self._wanted))
             except AWAY as e:
                 log.warning("Redis: %s; asking again soon", e)
                 await asyncio.sleep(random.uniform(0.1, 0.5))
 
-    async def _ask(self, wanted: Mapping[str, Sequence[str]]) -> bool:
-        """Take a job, if one is queued that is wanted."""
-        described = json.dumps({model: list(tenants) for model, tenants in wanted.items()})
-        given = await self._store.run("claim", self.name, MAX_DEATHS, int(1000 * AGEING), described)
-        if given is None:
-            return False
-        await self._begin(given)
-        return True
+    async def _ask_or_wait(self, wanted: Mapping[str, Sequence[str]]) -> None:
+        """Take a job if one is queued that is wanted, or as soon as one has come, perhaps; not long.
 
-    async def _wait_for_bell(self) -> None:
-        """Until a job has come for one of the models in memory, perhaps; not long."""
-        bells = [f"{PREFIX}bell:{model}" for model in self._wanted]
-        if bells:
-            await self._store.waiting.blpop(bells, timeout=BLOCK_SECONDS)
-        else:
+        The second question is sent together with the wait for a bell, so that a job that wakes this worker is at once
+        its own. Where nothing was left by the last answer, the first is spared: a bell rings for whoever comes later.
+        """
+        if not wanted:
             await asyncio.sleep(BLOCK_SECONDS)
+            return
+        nothing, since = self._exhausted
+        self._exhausted = None, 0.0
+        spared = nothing == wanted and time.monotonic() - since < BELL_SECONDS / 2
+        if spared or not await self._ask(wanted):
+            await self._ask(wanted, [f"{PREFIX}bell:{model}" for model in wanted])
+
+    async def _ask(self, wanted: Mapping[str, Sequence[str]], bells: Sequence[str] = ()) -> bool:
+        """Take a job, if one is queued that is wanted, perhaps only after a bell has rung or `BLOCK_SECONDS`."""
+        described = json.dumps({model: list(tenants) for model, tenants in wanted.items()})
+        given = await self._store.run("claim", self.name, MAX_DEATHS, int(1000 * AGEING), described, bells=bells)
+        *job, more = given or (0,)
+        if not more:
+            self._exhausted = wanted, time.monotonic()
+        if job:
+            await self._begin(job)
+        return bool(job)
 
     async def _jobs_taken(self) -> None:
         await asyncio.sleep(0)
@@ -191,6 +206,9 @@ class RedisClaims(Claims):
             return
         if job.id in self._held:  # its claim had run out and came back to this very worker: it is being done already
             self._held[job.id] = job
+            return
+        if not is_wanted(job, {**self._absent, **self._wanted}):  # by now: there was time while it waited for a bell
+            await self._return([job])
             return
         self._held[job.id] = job
         self._jobs.put_nowait(job)

@@ -103,6 +103,26 @@ async def test_a_newer_claim_replaces_the_standing_one(kind: Kind) -> None:
         assert await broker.position("a") == 0
 
 
+@pytest.mark.parametrize("then", [[], ["x"]])
+async def test_a_job_that_comes_just_after_its_claim_was_dropped_goes_to_another_worker(
+    kind: Kind, then: list[str]
+) -> None:
+    """Over Redis, the worker's question is still under way then: it hands the job back, and that does not count."""
+    async with kind.broker() as broker, workers(kind, broker, "w1", "w2") as [w1, w2]:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(w1.claims.claim(["m"]), 0.1)
+        other = asyncio.create_task(w1.claims.claim(then)) if then else None
+        await broker.submit(job("a"))
+        taken = await claim(w2)
+        assert (taken.id, taken.attempt, taken.deaths) == ("a", 1, 0)
+        await w2.claims.publish("a", [Event(b"answer", final=True)])
+        assert await told(broker, "a") == [b"answer"]
+        if other is not None:
+            assert not other.done()
+            other.cancel()
+            await asyncio.gather(other, return_exceptions=True)
+
+
 async def test_interactive_jobs_go_first_and_positions_say_so(kind: Kind) -> None:
     async with kind.broker() as broker, workers(kind, broker, "w") as [w]:
         await broker.submit(job("slow", priority="batch"))

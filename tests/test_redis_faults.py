@@ -38,10 +38,10 @@ async def test_a_command_whose_answer_was_lost_may_be_sent_again(
     """A client that hears nothing does not know whether Redis did it. Here it always had."""
     run = Store.run
 
-    async def twice(store: Store, script: str, *arguments: str | int | bytes) -> Any:
+    async def twice(store: Store, script: str, *arguments: str | int | bytes, **bells: Any) -> Any:
         if script not in ("claim", "take"):  # what these gave is another worker's after its claim ran out
             await run(store, script, *arguments)
-        return await run(store, script, *arguments)
+        return await run(store, script, *arguments, **bells)
 
     monkeypatch.setattr(Store, "run", twice)
     async with kind.broker(1000) as broker, workers(kind, broker, "w") as [w]:

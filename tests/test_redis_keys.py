@@ -117,3 +117,24 @@ async def test_a_stream_of_events_is_cut_at_some_thousands(kind: Distributed) ->
         told = [event async for event in broker.events("long")]
         assert told[-1].payload == b"done"
         assert told[-1].number == 10_001
+
+
+async def test_a_job_costs_three_scripts_where_a_worker_waits_for_it(kind: Distributed) -> None:
+    """It is submitted, claimed by the question that stood with the worker's wait, and answered; no script looks in
+    vain between them."""
+
+    def scripts() -> int:
+        stats = Redis.from_url(kind.server.url).info("commandstats")
+        return int(stats["cmdstat_evalsha"]["calls"])
+
+    async with kind.broker() as broker, workers(kind, broker, "w") as [w]:
+        began = 0
+        for k in range(12):
+            waiting = asyncio.create_task(claim(w))
+            await asyncio.sleep(0.01)
+            if k == 2:  # by now the server knows the scripts
+                began = scripts()
+            await broker.submit(job(f"j{k}"))
+            await waiting
+            await w.claims.publish(f"j{k}", [Event(b"", final=True)])
+        assert 3 * 10 <= scripts() - began <= 3 * 10 + 4  # and renewals

@@ -22,40 +22,44 @@ end
 
 -- A job begins to wait for a worker, in its place: into its queue and the books of its line; and one worker that waits for
 -- jobs of its model is woken.
-local function wait_for_worker(id)
-  local job = redis.call('HMGET', job_key(id), 'line', 'steps', 'queue', 'place', 'tag', 'model', 'priority')
-  local line, steps, queue, place, tag, model, priority = unpack(job)
+local function wait_for_worker(id, model, line, steps, queue, place, tag)
   redis.call('ZADD', queue, tag, place)
   redis.call('SADD', P .. 'queues', queue)
   redis.call('HSET', P .. 'lines', id, cjson.encode({line, steps, queue, place}))
   redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', 1)
   redis.call('HINCRBY', P .. 'waiting', line .. ' steps', steps)
   local bell = P .. 'bell:' .. model
-  redis.call('RPUSH', bell, 1)
-  redis.call('LTRIM', bell, 0, 63)
+  if redis.call('RPUSH', bell, 1) > 64 then redis.call('LPOP', bell) end
   redis.call('PEXPIRE', bell, 10000) -- whoever comes to wait later than that looks first
 end
 
+-- -> whether others wait there
 local function leave_queue(queue, place)
   redis.call('ZREM', queue, place)
-  if redis.call('EXISTS', queue) == 0 then -- nobody waits, so nobody is owed anything
-    redis.call('DEL', queue .. ':given', queue .. ':clock')
-    redis.call('SREM', P .. 'queues', queue)
-  end
+  if redis.call('EXISTS', queue) == 1 then return true end
+  redis.call('DEL', queue .. ':given', queue .. ':clock') -- nobody waits, so nobody is owed anything
+  redis.call('SREM', P .. 'queues', queue)
+  return false
 end
 
--- A job waits no longer. One that did not wait is no error.
-local function wait_no_longer(id)
+-- Its line's books have it no longer. -> the queue and the place where it stands by them, nil where it did not wait
+local function strike_off(id)
   local stood = redis.call('HGET', P .. 'lines', id)
-  if not stood then return end
+  if not stood then return nil end
   local line, steps, queue, place = unpack(cjson.decode(stood))
   redis.call('HDEL', P .. 'lines', id)
-  leave_queue(queue, place)
   if redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', -1) > 0 then
     redis.call('HINCRBY', P .. 'waiting', line .. ' steps', -steps)
   else
     redis.call('HDEL', P .. 'waiting', line .. ' jobs', line .. ' steps')
   end
+  return queue, place
+end
+
+-- A job waits no longer. One that did not wait is no error.
+local function wait_no_longer(id)
+  local queue, place = strike_off(id)
+  if queue then leave_queue(queue, place) end
 end
 
 -- The job is over: off its queue and out of the bound; what was told of it stays for a while.
@@ -81,7 +85,7 @@ end
 local function give(stream, entry, id, worker, most)
   local key = job_key(id)
   local job = redis.call('HMGET', key, 'job', 'state', 'attempt', 'submitted', 'entry', 'cancelled', 'began', 'deaths',
-    'deaths_alone', 'worker')
+    'deaths_alone', 'worker', 'history', 'queue')
   if not job[1] or job[2] == 'ended' or job[5] ~= entry then
     redis.call('XACK', stream, 'workers', entry)
     redis.call('XDEL', stream, entry)
@@ -101,9 +105,9 @@ local function give(stream, entry, id, worker, most)
     deaths = deaths + 1
     if job[7] == 'alone' then alone = alone + 1 end
   end
-  local history = redis.call('HGET', key, 'history')
+  local history = job[11]
   if alone >= tonumber(most) then
-    redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 1000, '*', 'job', id, 'queue', redis.call('HGET', key, 'queue'),
+    redis.call('XADD', P .. 'dead', 'MAXLEN', '~', 1000, '*', 'job', id, 'queue', job[12],
       'history', history or '', 'request', job[1])
     finish(id, most .. ' workers stopped while they worked on it alone')
     return false

@@ -1,5 +1,5 @@
 -- prefix, worker, most deaths alone, ageing ms, wanted as JSON: {model: [tenants of whom the worker has enough]}
--- -> what `give` says | nil
+-- -> what `give` says, then whether more may be there of what is wanted (1 or 0) | nil
 -- Of the first jobs of the queues, takes the one that came first; a batch job as if it had come `ageing` later. In a queue,
 -- tenants take turns: see decision 9.
 local _, worker, most, ageing, wanted = unpack(ARGV)
@@ -29,23 +29,31 @@ for model, enough in pairs(cjson.decode(wanted)) do
   end
 end
 table.sort(found, function(a, b) return a[1] < b[1] or (a[1] == b[1] and a[3] < b[3]) end)
-for _, best in ipairs(found) do
+for k, best in ipairs(found) do
   local _, id, place, queue, model = unpack(best)
-  local clock = math.max(tonumber(redis.call('GET', queue .. ':clock') or '0'), tonumber(redis.call('ZSCORE', queue, place)))
-  redis.call('SET', queue .. ':clock', clock)
-  redis.call('ZREMRANGEBYSCORE', queue .. ':given', '-inf', clock) -- what was not asked for is not saved up
-  redis.call('ZREMRANGEBYRANK', queue .. ':given', 0, -1001) -- of more tenants, those who were given the most
-  wait_no_longer(id)
-  leave_queue(queue, place) -- whatever the books say: a place that stayed would come first for ever
+  local tag = tonumber(redis.call('ZSCORE', queue, place))
+  strike_off(id)
+  local others = leave_queue(queue, place) -- whatever the books say: a place that stayed would come first for ever
+  if others then
+    local clock = math.max(tonumber(redis.call('GET', queue .. ':clock') or '0'), tag)
+    redis.call('SET', queue .. ':clock', clock)
+    redis.call('ZREMRANGEBYSCORE', queue .. ':given', '-inf', clock) -- what was not asked for is not saved up
+    redis.call('ZREMRANGEBYRANK', queue .. ':given', 0, -1001) -- of more tenants, those who were given the most
+  end
   if redis.call('EXISTS', job_key(id)) == 1 then
     local stream = running_key(model)
-    if redis.call('EXISTS', stream) == 0 then redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM') end
-    redis.call('SADD', P .. 'streams', stream)
+    if redis.call('EXISTS', stream) == 0 then
+      redis.call('XGROUP', 'CREATE', stream, 'workers', '0', 'MKSTREAM')
+      redis.call('SADD', P .. 'streams', stream)
+    end
     local entry = redis.call('XADD', stream, '*', 'job', id)
     redis.call('HSET', job_key(id), 'entry', entry)
     redis.call('XCLAIM', stream, 'workers', worker, 0, entry, 'FORCE', 'JUSTID')
     local given = give(stream, entry, id, worker, most)
-    if given then return given end
+    if given then
+      given[#given + 1] = (others or k < #found) and 1 or 0
+      return given
+    end
   end
 end
 return false

@@ -1,11 +1,10 @@
 -- prefix, id, worker, attempt, 'alone' or in 'company' of other jobs, final ('1' or '0'), payload ... -> 1, or 0 where the job is no longer this worker's
 local id, worker, attempt, company, final = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local key = job_key(id)
-local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'home')
+local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'home', 'told')
 if job[1] ~= 'running' or job[2] ~= worker or job[3] ~= attempt then return 0 end
-redis.call('HSET', key, 'began', company)
-local last = #ARGV
-local number = redis.call('HINCRBY', key, 'told', last - 6) - (last - 6)
+local last, number = #ARGV, tonumber(job[5])
+redis.call('HSET', key, 'began', company, 'told', number + last - 6)
 local first, short, bytes = number + 1, {}, 0
 for k = 7, last do
   number = number + 1

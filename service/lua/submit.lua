@@ -24,7 +24,7 @@ redis.call('HSET', job_key(id), 'job', job, 'queue', queue, 'model', model, 'pri
   'home', home, 'keep', keep, 'state', 'queued', 'attempt', 0, 'told', 0, 'submitted', time, 'line', line, 'steps', steps,
   'place', place, 'tag', tag, 'entry', '')
 redis.call('PEXPIRE', job_key(id), lifetime)
-wait_for_worker(id)
+wait_for_worker(id, model, line, steps, queue, place, tag)
 redis.call('INCRBY', P .. 'queued', units)
 redis.call('HSET', P .. 'units', id, units)
 redis.call('ZADD', P .. 'active', time + timeout + 5000, id) -- its worker is to say first that it is too late
