@@ -160,7 +160,8 @@ def _sha256(content: bytes) -> str:
 
 def _kept(model: Model) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of a model, by name."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.training_only}
+    without = model.training_only
+    return {name: t for name, t in model.state_dict().items() if not {name, name.split(".")[0]} & {*without}}
 
 
 def _matrices(model: Model) -> dict[str, torch.nn.Parameter]:

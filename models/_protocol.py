@@ -491,7 +491,7 @@ class Model(nn.Module, Sampler, Trainable):
     """What every family's class is. A Density too, exactly where its Spec has a likelihood."""
 
     spec: Spec
-    training_only: tuple[str, ...] = ()  # buffers that only training needs (chains): no checkpoint holds them
+    training_only: tuple[str, ...] = ()  # buffers and networks that only training needs: no checkpoint holds them
 
     def networks(self) -> dict[str, nn.Module]:
         """By attribute, the parts that a step may call as functions of tensors, batched along dim 0: what may be run in

@@ -7,7 +7,8 @@ its words (GigaGAN, arXiv 2303.05511, §3.2).
 
 What differs from the paper: no style mixing and no path length regularisation; bilinear upsampling with no further
 filter; weights as they are in place of equalised learning rates; truncation goes towards the mean style of what the
-image is to show, not of all images; and a tanh keeps the image in [−1, 1].
+image is to show, not of all images; given captions, the first feature map is a constant plus a linear map of the style;
+and a tanh keeps the image in [−1, 1].
 
     symbol      variable        meaning
     z, w        z, w            latent code (B, latent), style (B, width)
@@ -142,6 +143,8 @@ class StyleGenerator(nn.Module):
             latent, text or (told.embedding_dim if isinstance(told, nn.Embedding) else 0), width, layers
         )
         self.start = nn.Parameter(torch.randn(1, channels[-1], height >> (levels - 1), wide >> (levels - 1)))
+        # Styles scale channels, which says little of what lies where: the layout of a described scene is a map.
+        self.layout = nn.Linear(width, self.start.numel()) if text else None
         self.stages = nn.ModuleList(
             StyledStage(
                 channels[min(level + 1, levels - 1)],
@@ -173,7 +176,10 @@ class StyleGenerator(nn.Module):
         if temperature is not None:
             psi = temperature[:, None]
             w = torch.where(psi == 1, w, torch.lerp(self._mean_style(vector), w, psi))
-        x = self.start.expand(len(z), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        x = self.start.expand(len(z), -1, -1, -1)
+        if self.layout is not None:
+            x = x + self.layout(w).float().view_as(x)
+        x = x.contiguous(memory_format=torch.channels_last)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         image: Tensor | None = None

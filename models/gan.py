@@ -17,6 +17,14 @@ real image with a wrong caption counts as drawn (1605.05396, algorithm 1), and b
 features tell their caption among others (2101.04702, §4.1; `models._text`). Options: spectral norm on every layer of
 the critic (1802.05957), one self-attention layer in each network of the residual kind (1805.08318).
 
+A critic teaches a generator slowly what one pair of image and caption shows at once. So with `reconstruction` half of
+the codes z come from training images, by an encoder that is learnt beside, and the generator is also to draw those
+images anew: a conditional VAE whose decoder is the generator (VAE-GAN, 1512.09300, §2.3; with drawn codes as well, as
+in 1711.11586, §3.3); and at first, up to `critic_from`, that alone. The encoder sees a coarse grey picture, so z tells
+where things lie and y what they are:
+
+    −log p(x|z, y) + KL(q(z|x) | p(z)),  p = N(x; G(z, y), σ²),  in nats per number of the image
+
 What differs from the papers: layer norm where they have batch norm, so an image never depends on its batch mates; the
 penalty is taken every `penalty_every` steps at so many times its weight (arXiv 1912.04958, section 3.1), so the paper's
 WGAN-GP has `penalty_every = 1`.
@@ -52,12 +60,15 @@ from torch.nn.utils.parametrizations import spectral_norm
 from models import _protocol, _random, _text
 from models._adversarial import gradient_penalty, hinge_loss, logistic_loss, r1_penalty, wasserstein_loss
 from models._captions import PADDING, Captions
+from models._latents import Normal
 from models._protocol import Batch, Draw, ImageSpace, Range, Rows, Spec, Steps
 from models._residual import ResidualGenerator, SelfAttention
 from models._style import StyleGenerator
 from models._text import TextEncoder
 
 OBJECTIVES = {"hinge": hinge_loss, "logistic": logistic_loss, "wgan-gp": wasserstein_loss}
+COARSE = 4  # how many times smaller the picture is that the encoder sees
+SIGMA = 0.25  # σ of p(x|z, y)
 _LATENT, _LABEL, _NOISE = 0, 1, 2  # draws of a row's noise at tick 0; of noise, one for every layer from there
 
 
@@ -85,6 +96,10 @@ class Config:
     text_layers: int = 2
     caption_dropout: float = 0.1  # how often training hides the caption
     contrast: float = 1.0  # weight of telling a caption among others, beside the adversarial losses
+    features: int = 0  # of the critic, that captions are held against; 0: as many as its last channels
+    # For any condition.
+    reconstruction: float = 0.0  # weight of drawing training images anew; 0: no encoder
+    critic_from: float = 0.0  # part of the training that is drawing anew alone, before there is a critic
 
     def check(self, space: ImageSpace) -> None:
         """Raises `ValueError` naming the field, its value and what would be right."""
@@ -98,8 +113,18 @@ class Config:
             raise ValueError(f"text_width: {self.text_width}; a positive multiple of {_text.HEADS}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout: {self.caption_dropout} is not in [0, 1]")
-        if self.contrast < 0:
-            raise ValueError(f"contrast: {self.contrast}; not negative")
+        for name in ("contrast", "features", "reconstruction"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; not negative")
+        if not 0 <= self.critic_from < 1:
+            raise ValueError(f"critic_from: {self.critic_from} is not in [0, 1)")
+        if self.critic_from and not self.reconstruction:
+            raise ValueError(f"critic_from: {self.critic_from}; 0, as without reconstruction only a critic teaches")
+        if self.reconstruction and min(space.height, space.width) < COARSE:
+            raise ValueError(
+                f"reconstruction: {self.reconstruction}; images of {space.width}×{space.height} are too small to be "
+                f"seen {COARSE} times smaller: 0"
+            )
         for name in ("latent", "embedding", "n_critic", "penalty_every", "mapping_layers", "text_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; at least 1")
@@ -159,17 +184,18 @@ class Critic(nn.Module):
         self.layers = nn.Sequential(*layers, nn.LeakyReLU(0.2))
         size = (space.height >> (levels - 1), space.width >> (levels - 1))
         # A weighted sum over positions; what is where and how often, as captions say, takes a sum over channels too.
-        self.pool = nn.Conv2d(widths[-1], widths[-1], size, groups=1 if space.captions else widths[-1])
-        self.mix = nn.Linear(widths[-1], widths[-1])
-        self.output = nn.Linear(widths[-1], 1)
-        self.classes = nn.Embedding(space.classes, widths[-1]) if space.classes else None
+        width = (space.captions and config.features) or widths[-1]
+        self.pool = nn.Conv2d(widths[-1], width, size, groups=1 if space.captions else width)
+        self.mix = nn.Linear(width, width)
+        self.output = nn.Linear(width, 1)
+        self.classes = nn.Embedding(space.classes, width) if space.classes else None
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, a=0.2, nonlinearity="leaky_relu")
         if self.classes is not None:
-            nn.init.normal_(self.classes.weight, std=widths[-1] ** -0.5)
+            nn.init.normal_(self.classes.weight, std=width**-0.5)
         self.text = _text_encoder(config) if space.captions else None
-        self.project = nn.Linear(config.text_width, widths[-1], bias=False) if space.captions else None
+        self.project = nn.Linear(config.text_width, width, bias=False) if space.captions else None
         if config.spectral_norm:
             for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)]:
                 spectral_norm(layer)
@@ -197,6 +223,30 @@ class Critic(nn.Module):
         return self.judge(self.features(x), self.embed(condition))
 
 
+# ------------------------------------------------------------------------------------------------------------- encoder
+
+
+class Encoder(nn.Module):
+    """Where things lie: (B, C, H, W) in [−1, 1] -> q(z|x), of (B, latent).
+
+    It sees a grey picture, `COARSE` times smaller: too little to tell it what a label or a caption says.
+    """
+
+    def __init__(self, space: ImageSpace, latent: int) -> None:
+        super().__init__()
+        hidden = 256
+        self.layers = nn.Sequential(
+            nn.Linear((space.height // COARSE) * (space.width // COARSE), hidden),
+            *(nn.LeakyReLU(0.2), nn.Linear(hidden, hidden)),
+            *(nn.LeakyReLU(0.2), nn.Linear(hidden, 2 * latent)),
+        )
+
+    def forward(self, x: Tensor) -> Normal:
+        coarse = F.avg_pool2d(x.mean(dim=1, keepdim=True), COARSE)
+        mean, log_std = self.layers(coarse.flatten(1)).float().chunk(2, dim=1)
+        return Normal(mean, log_std.clamp(-5, 2))
+
+
 # --------------------------------------------------------------------------------------------------------------- model
 
 
@@ -213,6 +263,8 @@ class GanRows(Rows):
 class Model(_protocol.Model):
     """Generator and critic; samples by the generator alone."""
 
+    training_only = ("critic", "encoder")
+
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
         config.check(space)
@@ -223,6 +275,7 @@ class Model(_protocol.Model):
         self.captions = Captions(config.vocabulary, config.caption_length) if space.captions else None
         self.generator = _generator(config, space)
         self.critic = Critic(config, space)
+        self.encoder = Encoder(space, config.latent) if config.reconstruction else None
 
     # Training
 
@@ -232,18 +285,25 @@ class Model(_protocol.Model):
             self.captions.learn(caption for batch in batches for caption in batch.captions)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"critic": list(self.critic.parameters()), "generator": list(self.generator.parameters())}
+        generator = [*self.generator.parameters(), *(self.encoder.parameters() if self.encoder is not None else ())]
+        return {"critic": list(self.critic.parameters()), "generator": generator}
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
         """`n_critic` critic losses, each on its part of the batch, then the generator's under the updated critic."""
+        asked = self._asked(batch)
+        if batch.step < int(self.config.critic_from * batch.steps):
+            real = 2 * batch.x - 1
+            z, kl = self._codes(real, len(real))
+            assert kl is not None
+            yield "generator", *self._anew(self._draw(asked, z), real, kl)
+            return
         due = self.config.penalty > 0 and (batch.step + 1) % self.config.penalty_every == 0
         weight = self.config.penalty * self.config.penalty_every
-        asked = self._asked(batch)
         parts = zip(batch.x.chunk(self.config.n_critic), asked.chunk(self.config.n_critic), strict=True)
         for x, condition in parts:
             real = 2 * x - 1
             with torch.no_grad():
-                fake = self._draw(condition).float()
+                fake = self._draw(condition, self._codes(real, len(real) // 2)[0]).float()
             loss, metrics = self._critic_loss(real, fake, condition)
             if due and self.config.objective == "wgan-gp":
                 penalty = gradient_penalty(self.critic, real, fake, condition)
@@ -255,7 +315,7 @@ class Model(_protocol.Model):
             yield "critic", loss, metrics
 
         with _constant(self.critic):
-            loss, metrics = self._generator_loss(asked)
+            loss, metrics = self._generator_loss(2 * batch.x - 1, asked)
         yield "generator", loss, metrics
 
     def _critic_loss(self, real: Tensor, fake: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -276,18 +336,24 @@ class Model(_protocol.Model):
             metrics |= {"critic contrast": contrast.detach()}
         return loss, metrics
 
-    def _generator_loss(self, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _generator_loss(self, real: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         critic = self.critic
-        features, embedded = critic.features(self._draw(condition)), critic.embed(condition)
+        metrics: dict[str, Tensor] = {}
+        z, kl = self._codes(real, len(real) // 2)
+        drawn = self._draw(condition, z)
+        features, embedded = critic.features(drawn), critic.embed(condition)
         logits = critic.judge(features, embedded).float()
         loss = F.softplus(-logits).mean() if self.config.objective == "logistic" else -logits.mean()
+        if kl is not None:
+            anew, metrics = self._anew(drawn[: len(kl)], real[: len(kl)], kl)
+            loss = loss + anew
         if embedded is None or self.captions is None:
-            return loss, {}
+            return loss, metrics
         wrong, is_wrong = _text.wrong_captions(condition)
         embedded_wrong = critic.embed(wrong)
         assert embedded_wrong is not None
         contrast = _text.contrast(features, embedded, condition, embedded_wrong, is_wrong)
-        return loss + self.config.contrast * contrast, {"generator contrast": contrast.detach()}
+        return loss + self.config.contrast * contrast, metrics | {"generator contrast": contrast.detach()}
 
     def _asked(self, batch: Batch) -> Tensor:
         """What the critic is told of a batch: labels (B,), or ids of captions (B, L), now and then hidden."""
@@ -297,10 +363,25 @@ class Model(_protocol.Model):
         hidden = torch.rand(len(ids), 1, device=ids.device) < self.config.caption_dropout
         return ids.masked_fill(hidden, PADDING)
 
-    def _draw(self, condition: Tensor) -> Tensor:
-        """Images in [−1, 1] for what a batch is told, from torch's global generator."""
+    def _anew(self, drawn: Tensor, real: Tensor, kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of images drawn anew, each with its code's KL (B,)."""
+        error = (drawn.float() - real).square().sum(dim=(1, 2, 3)) / (2 * SIGMA**2)
+        anew = (error + kl).mean() / real[0].numel()
+        return self.config.reconstruction * anew, {"reconstruction": anew.detach(), "KL": kl.detach().mean()}
+
+    def _codes(self, real: Tensor, n: int) -> tuple[Tensor, Tensor | None]:
+        """z (B, latent) by torch's global generator; with an encoder, those of the first n images from q(z|x), and of
+        each of these its KL from p(z), in nats."""
+        z = torch.randn(len(real), self.config.latent, device=real.device)
+        if self.encoder is None:
+            return z, None
+        known, free = z.tensor_split([n])
+        q = self.encoder(real[:n])
+        return torch.cat([q.at(known), free]), q.kl(Normal(torch.zeros_like(known), torch.zeros_like(known)))
+
+    def _draw(self, condition: Tensor, z: Tensor) -> Tensor:
+        """Images in [−1, 1] for what a batch is told, noise from torch's global generator."""
         b, device = len(condition), condition.device
-        z = torch.randn(b, self.config.latent, device=device)
         if self.spec.image.classes:
             condition = torch.where(condition < 0, torch.randint_like(condition, self.spec.image.classes), condition)
         noise = [torch.randn(b, *shape, device=device) for shape in self.generator.noise_shapes]

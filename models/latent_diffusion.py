@@ -167,6 +167,8 @@ class LatentRows(_solvers.Chain):
 class Model(_protocol.Model, _protocol.Autoencoder):
     """Autoencoder and critic, U-Net of the codes, the objectives of both stages, samplers."""
 
+    training_only = ("critic",)
+
     alpha: Tensor  # (T + 1,) each, by t = 0 … T
     sigma: Tensor
     code_mean: Tensor  # m (c, 1, 1)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models import _rows, gan
+from models import _checkpoint, _rows, gan
 from models._adversarial import CriticFunction, gradient_norm_squared
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
 from models._residual import SelfAttention
@@ -412,11 +414,87 @@ def test_unlabelled_draws_a_class_of_its_own_uniformly() -> None:
     torch.testing.assert_close(draw(m, *(Draw(seed=5, sample=i, steps=1) for i in range(6))), named, rtol=0, atol=0)
 
 
+def test_a_checkpoint_holds_the_generator_alone_and_draws_the_same(tmp_path: Path) -> None:
+    config = dataclasses.replace(TINY, reconstruction=1.0)
+    m = model(config).eval()
+    _checkpoint.save(tmp_path, m, config, {})
+    assert {name.split(".")[0] for name in load_file(tmp_path / _checkpoint.WEIGHTS)} == {"generator"}
+    loaded = _checkpoint.load(tmp_path)
+    assert isinstance(loaded, gan.Model)
+    asked = [Draw(seed=7, sample=i, steps=1, label=1) for i in range(3)]
+    assert torch.equal(draw(loaded, *asked), draw(m, *asked))
+
+
 def test_a_training_batch_may_lack_labels() -> None:
     m, b = model(), batch()
     b.labels[::2] = UNLABELLED
     for _group, loss, _metrics in m.objective(b):
         assert loss.isfinite()
+
+
+# ------------------------------------------------------------------------------------------------------------- encoder
+
+
+def test_the_encoder_sees_where_things_lie_and_nothing_finer_or_coloured() -> None:
+    m = model(dataclasses.replace(TINY, reconstruction=1.0), ImageSpace(12, 8, 3))
+    assert m.encoder is not None
+    x = torch.rand(2, 3, 8, 12) * 2 - 1
+    q = m.encoder(x)
+    for change in (x.roll(1, dims=1), x.view(2, 3, 2, 4, 12).flip(3).reshape(x.shape)):  # colours; rows of every cell
+        for one, other in zip(q, m.encoder(change), strict=True):
+            torch.testing.assert_close(one, other)
+    moved = m.encoder(x.roll(gan.COARSE, dims=3))
+    assert (moved.mean - q.mean).abs().max() > 1e-3
+
+
+def test_half_of_the_codes_come_from_the_images_and_only_the_generators_turn_teaches_the_encoder() -> None:
+    m, b = model(dataclasses.replace(TINY, reconstruction=1.0)), batch(n=6)
+    assert m.encoder is not None
+    weights = list(m.encoder.parameters())
+    z, kl = m._codes(2 * b.x - 1, 3)
+    assert z.shape == (6, 6)
+    assert kl is not None
+    assert kl.shape == (3,)
+    assert (kl >= 0).all()
+    assert torch.autograd.grad(z[3:].sum() + 0 * z[:3].sum(), weights[0])[0].abs().max() == 0
+    turns = list(m.objective(b))
+    assert [group for group, *_ in turns] == ["critic", "generator"]
+    for group, loss, metrics in turns:
+        found = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
+        assert all((g is None) == (group == "critic") for g in found)
+        assert ("reconstruction" in metrics) == (group == "generator")
+    m = model(dataclasses.replace(TINY, reconstruction=1.0, critic_from=0.5))
+    for step, groups in ((4, ["generator"]), (5, ["critic", "generator"])):
+        assert [group for group, *_ in m.objective(dataclasses.replace(b, step=step, steps=10))] == groups
+
+
+@pytest.mark.slow
+def test_drawn_anew_things_lie_where_they_lay() -> None:
+    """8×8 images, dark but for one quarter, which the label does not tell: after training, G(E(x)) has it there."""
+    space = ImageSpace(8, 8, 1, ("bright", "brighter"))
+    config = dataclasses.replace(TINY, blocks=(0, 0), reconstruction=3.0, penalty=0.1)
+    m = model(config, space)
+    assert m.encoder is not None
+    groups = m.groups()
+    optimisers = {name: torch.optim.Adam(p, lr=3e-3, betas=(0.0, 0.99)) for name, p in groups.items()}
+
+    def some(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        quarter, labels = torch.randint(0, 4, (n,)), torch.randint(0, 2, (n,))
+        x = torch.full((n, 1, 2, 4, 2, 4), 0.1)
+        x[torch.arange(n), 0, quarter // 2, :, quarter % 2] = 0.6 + 0.3 * labels[:, None, None]
+        return x.view(n, 1, 8, 8), labels, quarter
+
+    for step in range(250):
+        x, labels, _ = some(32)
+        for group, loss, _metrics in m.objective(Batch(x, labels, step=step)):
+            for p, g in zip(groups[group], torch.autograd.grad(loss, groups[group]), strict=True):
+                p.grad = g
+            optimisers[group].step()
+    x, labels, quarter = some(64)
+    with torch.inference_mode():
+        anew = m._draw(labels, m.encoder(2 * x - 1).mean)
+    brightness = anew.view(64, 2, 4, 2, 4).mean(dim=(2, 4)).flatten(1)
+    assert (brightness.argmax(dim=1) == quarter).float().mean() > 0.9
 
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -442,6 +520,10 @@ def test_a_training_batch_may_lack_labels() -> None:
         ({"text_layers": 0}, "text_layers"),
         ({"caption_dropout": 1.5}, "caption_dropout"),
         ({"contrast": -1.0}, "contrast"),
+        ({"features": -1}, "features"),
+        ({"reconstruction": -1.0}, "reconstruction"),
+        ({"reconstruction": 1.0, "critic_from": 1.0}, "critic_from"),
+        ({"critic_from": 0.5}, "critic_from"),
         ({"generator_channels": (4,) * 5, "critic_channels": (4,) * 5, "blocks": (0,) * 5}, "generator_channels"),
     ],
 )
