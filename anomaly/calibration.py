@@ -7,8 +7,10 @@ combination  how all of these make one score (`anomaly.combination`)
 maps         where there are heat maps: what they are measured by (`anomaly.heatmaps`)
 scores       of the calibration images, sorted: normal images that neither model nor detector has seen
 
-All but the last two are fitted on the fit images. The file is safetensors, each array in the least precision that holds
-its numbers exactly. Format 1 had one group, whose detector's score was the score.
+All but the last two are fitted on the fit images. The file is safetensors, each array in the least precision that
+holds its numbers exactly: scores, like what maps are measured by, are rounded to single precision wherever they are
+computed, so that a score is compared with the others as they are stored. What was made by an older version, whose
+scores are other numbers, is refused: format 1 had no combination, format 2 another measure of complexity.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,11 +32,11 @@ from safetensors.numpy import save as format_arrays
 from anomaly import combination, conformal, detectors, features
 from anomaly.combination import Combination, Tails
 from anomaly.complexity import compressed_bits
-from anomaly.detectors import Detector, Floats
+from anomaly.detectors import Detector, Floats, single
 from anomaly.features import DISTANCES, Subspace
 from anomaly.heatmaps import Maps
 
-FORMAT = 2
+FORMAT = 3
 DIRECTED = "excess_bits"  # a log-likelihood ratio, of a compressor to the model: what is odd has more of it
 FILE = "calibration.safetensors"  # beside the model whose scores it calibrates
 LEVELS = ("distances", "sources", "models")  # of a `Combination`
@@ -75,12 +77,12 @@ class Group:
 @dataclass(frozen=True)
 class Calibration:
     groups: tuple[Group, ...]
+    directed: tuple[str, ...]
+    subspaces: Mapping[str, Subspace]
+    combination: Combination
     scores: Floats  # (n,) sorted
     about: Mapping[str, Any]  # data description, weights' sha256, sizes, volumes of the detectors
     maps: Maps | None = None
-    directed: tuple[str, ...] = ()
-    subspaces: Mapping[str, Subspace] = field(default_factory=dict)
-    combination: Combination | None = None  # None: the score is that of the only group
 
     @property
     def n(self) -> int:
@@ -95,8 +97,7 @@ class Calibration:
     @property
     def kind(self) -> str:
         """In words."""
-        kinds = ", ".join(group.detector.kind for group in self.groups)
-        return ", ".join([kinds, *self.directed, *self.subspaces]) if self.combination is not None else kinds
+        return ", ".join([*(group.detector.kind for group in self.groups), *self.directed, *self.subspaces])
 
     def distances(self, described: Sequence[Described]) -> list[dict[str, float]]:
         """How unusual each image's feature vectors are, by name: the statistics that only a calibration tells. Of a
@@ -119,8 +120,7 @@ class Calibration:
         missing = sorted(needed.difference(*described))
         if missing:
             raise CalibrationError(f"statistics: {', '.join(missing)} missing; the calibration is of another version")
-        plain = self._plain(described)
-        return plain[:, 0] if self.combination is None else self.combination.score(plain, self._distances(described))
+        return single(self.combination.score(self._plain(described), self._distances(described)))
 
     def _plain(self, described: Sequence[Described]) -> Floats:
         """(m, S): scores of the groups, directed statistics."""
@@ -142,11 +142,20 @@ class Calibration:
             k = conformal.rank_with_confidence(self.n, alpha, confidence)
             needed = conformal.needed_with_confidence(alpha, confidence)
         if k == 0:
-            promise = "" if confidence is None else f" with confidence {confidence:g}"
+            promise = "" if confidence is None else f" with confidence {confidence}"
             raise CalibrationError(
-                f"alpha {alpha:g}{promise} takes at least {needed:,} calibration images; there are {self.n:,}"
+                f"alpha {alpha}{promise} takes at least {needed:,} calibration images; there are {self.n:,}"
             )
         return k
+
+    def together(self, images: int, rate: float) -> int:
+        """The least number of so many images that `judge_together` can name, besides none at all. Raises
+        `CalibrationError` where it never names any: there are too few calibration images."""
+        least = conformal.fewest(self.n, images, rate)
+        if least > images:
+            needed = conformal.needed(rate)
+            raise CalibrationError(f"fdr {rate} takes at least {needed:,} calibration images; there are {self.n:,}")
+        return least
 
     def judge(self, scores: Floats, alpha: float, confidence: float | None = None) -> list[Verdict]:
         """Each image by itself. With a confidence, the true false-alarm rate is at most alpha with that confidence."""
@@ -177,11 +186,10 @@ class Calibration:
             arrays |= {f"groups.{i}.{name}": values for name, values in group.detector.state.items()}
         for i, subspace in enumerate(self.subspaces.values()):
             arrays |= {f"subspaces.{i}.{name}": values for name, values in vars(subspace).items()}
-        if self.combination is not None:
-            for level in LEVELS:
-                of_level = getattr(self.combination, level)
-                arrays |= {f"{level}.{name}": values for name, values in vars(of_level).items()}
-            arrays["owners"] = self.combination.owners
+        for level in LEVELS:
+            of_level = getattr(self.combination, level)
+            arrays |= {f"{level}.{name}": values for name, values in vars(of_level).items()}
+        arrays["owners"] = self.combination.owners
         if self.maps is not None:
             arrays |= {f"maps.{name}": values for name, values in vars(self.maps).items()}
         about = {
@@ -209,23 +217,22 @@ def unpack(packed: bytes) -> Calibration:
         about = json.loads(json.loads(packed[8 : 8 + length])["__metadata__"]["calibration"])
         arrays = {name: values.astype(np.float64) for name, values in parse(packed).items()}
         found = about.pop("format")
-        if found == 1:
-            about |= {"groups": [{name: about.pop(name) for name in ("detector", "statistics")}]}
-            about |= {"directed": [], "features": []}
-            arrays = {name.replace("detector.", "groups.0.", 1): values for name, values in arrays.items()}
-        elif found != FORMAT:
-            raise CalibrationError(f"calibration: format {found!r}; this version reads formats 1 and {FORMAT}")
+        if found != FORMAT:
+            raise CalibrationError(
+                f"calibration: format {found!r}; this version reads format {FORMAT}: calibrate again"
+            )
         groups = tuple(
             Group(tuple(told["statistics"]), Detector(_known(told["detector"]), _under(f"groups.{i}.", arrays)))
             for i, told in enumerate(about.pop("groups"))
         )
         directed, names = tuple(about.pop("directed")), about.pop("features")
         subspaces = {name: Subspace(**_under(f"subspaces.{i}.", arrays)) for i, name in enumerate(names)}
-        levels = {level: Tails(**_under(f"{level}.", arrays)) for level in LEVELS if "owners" in arrays}
-        combination = Combination(**levels, owners=arrays["owners"]) if levels else None
+        levels = {level: Tails(**_under(f"{level}.", arrays)) for level in LEVELS}
+        combined = Combination(**levels, owners=arrays["owners"])
         maps = _under("maps.", arrays)
-        scores = arrays["scores"]
-        return Calibration(groups, scores, about, Maps(**maps) if maps else None, directed, subspaces, combination)
+        return Calibration(
+            groups, directed, subspaces, combined, arrays["scores"], about, Maps(**maps) if maps else None
+        )
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
         raise CalibrationError(f"calibration: not one: {type(e).__name__}: {e}") from e
 
@@ -353,7 +360,7 @@ def calibrate(
     owners = [*range(len(groups)), *(_owner(name, members) for name in (*directed, *vectors))]
     plain = np.concatenate([held_out, _table(fit, directed)], axis=1)
     combined = combination.fit(plain, distances, np.array(owners, dtype=np.float64))
-    made = Calibration(tuple(groups), np.zeros(0), {}, maps, directed, subspaces, combined)
+    made = Calibration(tuple(groups), directed, subspaces, combined, np.zeros(0), {}, maps)
     scores = np.sort(made.score(calibration))
     told = {"n": len(scores), "fit_n": len(fit), "volumes": volumes, **about}
     return dataclasses.replace(made, scores=scores, about=told)

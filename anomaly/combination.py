@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anomaly.detectors import Floats
+from anomaly.detectors import Floats, single
 
 TAIL = 0.05
 GRID = np.linspace(TAIL, 1 - TAIL, 91)  # where quantiles are kept
@@ -53,7 +53,7 @@ def tails(values: Floats) -> Tails:
     quantiles = np.quantile(values, GRID, axis=0).T
     low, high = quantiles[:, 0] - values, values - quantiles[:, -1]
     excess = np.stack([_mean_excess(low), _mean_excess(high)], axis=1)
-    return Tails(*(part.astype(np.float32).astype(np.float64) for part in (quantiles, excess)))
+    return Tails(single(quantiles), single(excess))
 
 
 def _mean_excess(beyond: Floats) -> Floats:

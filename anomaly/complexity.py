@@ -2,6 +2,9 @@
 
 A likelihood alone is no anomaly score: simple images are likely under every model. S = NLL bits − complexity bits
 (Serrà et al., arXiv 1909.11480) takes that out.
+
+Every image that is scored is compressed, so it must not cost more than the model's own pass: all of WebP's effort would
+take twenty times as long as all else here, for 2 % of an image of 28×28.
 """
 
 from __future__ import annotations
@@ -29,11 +32,11 @@ def _headers(channels: int, height: int, width: int) -> tuple[int, ...]:
 def _sizes(pixels: NDArray[np.uint8]) -> tuple[int, ...]:
     """Bytes as PNG, zlib, WebP."""
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return _size(image, "PNG", optimize=True), len(zlib.compress(pixels.tobytes(), 9)), _webp(image)
+    return _size(image, "PNG", compress_level=9), len(zlib.compress(pixels.tobytes(), 9)), _webp(image)
 
 
 def _webp(image: Image.Image) -> int:
-    return _size(image.convert("RGB"), "WEBP", lossless=True, quality=100, method=6)
+    return _size(image.convert("RGB"), "WEBP", lossless=True, quality=25, method=4)
 
 
 def _size(image: Image.Image, format: str, **options: object) -> int:

@@ -12,6 +12,7 @@ random, Beta(k, n + 1 − k) with k = ⌊α (n + 1)⌋ (Vovk 2012, arXiv 1209.26
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,7 @@ def threshold(calibration: Floats, k: int) -> float:
     return float(calibration[len(calibration) - k])
 
 
+@lru_cache(maxsize=4096)  # the same few of every request
 def upper_bound(n: int, k: int, confidence: float = 0.95) -> float:
     """With that confidence over calibrations, the true false-alarm rate of rank k is at most this: the quantile of
     Beta(k, n + 1 − k)."""
@@ -55,6 +57,7 @@ def upper_bound(n: int, k: int, confidence: float = 0.95) -> float:
     return high
 
 
+@lru_cache(maxsize=4096)
 def rank_with_confidence(n: int, alpha: float, confidence: float) -> int:
     """The largest k whose true false-alarm rate is at most α with that confidence over calibrations; 0: none is."""
     low, high = 0, rank(n, alpha)
@@ -88,8 +91,14 @@ def discoveries(p: Floats, rate: float) -> NDArray[np.bool_]:
     """Which of a batch are anomalies if at most that share of those named is to be false (Benjamini and Hochberg 1995;
     valid for conformal p-values of one calibration: arXiv 2104.08279, thm. 1)."""
     order = np.argsort(p, kind="stable")
-    passing = np.flatnonzero(p[order] <= rate * (np.arange(len(p)) + 1) / max(1, len(p)))
+    passing = np.flatnonzero(p[order] <= rate * (1 + 1e-12) * (np.arange(len(p)) + 1) / max(1, len(p)))
     named = np.zeros(len(p), dtype=bool)
     if len(passing):
         named[order[: passing[-1] + 1]] = True
     return named
+
+
+def fewest(n: int, images: int, rate: float) -> int:
+    """The least number of a batch of so many images that `discoveries` can name, besides none: the least k with
+    1 / (n + 1) ≤ rate · k / images, as no p-value is smaller. More than `images`: it never names any."""
+    return max(1, math.ceil(images / (rate * (n + 1)) * (1 - 1e-12)))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anomaly.detectors import Floats, standardisation, standardise
+from anomaly.detectors import Floats, single, standardisation, standardise
 
 DIMENSIONS = (2, 4, 8, 16, 32)  # not more, so that a calibration stays small
 DISTANCES = ("within", "beyond")
@@ -66,7 +66,7 @@ def fit(features: Floats) -> tuple[Subspace, Floats]:
     """From features (n, F) of normal images: their subspace; and each image's distances (n, 2) to the subspace of the
     others, those of FOLDS − 1 parts that it is not in: to its own any image is too near."""
     standard = standardisation(features)
-    standard = {name: values.astype(np.float32).astype(np.float64) for name, values in standard.items()}
+    standard = {name: single(values) for name, values in standard.items()}
     folds = np.arange(len(features)) % FOLDS
     largest = min(features.shape[1] - 1, int((folds != 0).sum()) // 2)
     dimensions = [k for k in DIMENSIONS if k <= largest] or [max(1, largest)]
@@ -102,7 +102,7 @@ class _Spectrum:
 
 def _spectrum(features: Floats, standard: dict[str, Floats]) -> _Spectrum:
     z = standardise(standard, features)
-    mean = z.mean(axis=0).astype(np.float32).astype(np.float64)
+    mean = single(z.mean(axis=0))
     centred = z - mean
     values, vectors = np.linalg.eigh(centred.T @ centred / len(z))
     most = min(DIMENSIONS[-1], len(values))

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from anomaly import conformal
 from anomaly.conformal import Floats
+from anomaly.detectors import single
 
 Surprises: TypeAlias = NDArray[np.floating]  # (n, H, W) of n images
 
@@ -46,12 +47,12 @@ class Maps:
     maxima: Floats  # (n,) sorted
 
     def heights(self, surprises: Sequence[Surprises]) -> Floats:
-        """(n, H, W) of the surprises of each of the M models."""
+        """(n, H, W) of the surprises of each of the M models, rounded to single precision."""
         each = [
             (local(found) - centre) / scale
             for found, centre, scale in zip(surprises, self.centre, self.scale, strict=True)
         ]
-        return np.asarray(np.mean(each, axis=0), dtype=np.float64)
+        return single(np.mean(each, axis=0))
 
     def mask(self, heights: Floats, k: int) -> NDArray[np.bool_]:
         """Where heights exceed all but k − 1 of the maxima; nowhere for k = 0."""
@@ -82,10 +83,9 @@ def fit(fit_images: Sequence[Surprises], calibration_images: Sequence[Surprises]
     centre = np.stack([np.median(found, axis=0) for found in around])
     spread = np.stack([np.quantile(found, UPPER, axis=0) for found in around]) - centre
     scale = 0.5 * spread + 0.5 * spread.mean(axis=(1, 2), keepdims=True)
-    scale = np.where(scale > 0, scale, 1.0)
-    unsorted = Maps(centre, scale, np.zeros(0))
+    unsorted = Maps(single(centre), single(np.where(scale > 0, scale, 1.0)), np.zeros(0))
     maxima = unsorted.heights(calibration_images).max(axis=(1, 2))
-    return Maps(centre, scale, np.sort(maxima))
+    return replace(unsorted, maxima=np.sort(maxima))
 
 
 def local(surprises: Surprises) -> Floats:

@@ -3,9 +3,9 @@ one kind of work makes the other wait.
 
     python -m benchmarks.scoring [--minutes 10]
 
-Speed. Requests of 1, 16 and 64 images, of a flow and of a pixel model. Bare: `log_prob` over the same batch in one
-process with one thread. Served: a server with one worker of one thread; so many clients that three batches are asked
-for, and then a single one, for the latency.
+Speed. Requests of 1, 16 and 64 images, of a flow and of a pixel model, both calibrated, so that answers have verdicts.
+Bare: `log_prob` over the same batch in one process with one thread. Served: a server with one worker of one thread; so
+many clients that three batches are asked for, and then a single one, for the latency.
 
 Fairness. Short requests of the one kind arrive at random, at a third of what the server can do; first it is quiet
 besides, then a burst of BURST images of the other kind is sent at the same time. Of what came while the burst lasted,
@@ -33,7 +33,7 @@ from models import _checkpoint
 from models._protocol import Density, unlabelled
 
 WEIGHT = 3.0
-FLOW, PIXEL, DDPM = "fashion-mnist-realnvp", "fashion-mnist-pixelcnn", "fashion-mnist-ddpm"
+FLOW, PIXEL, DDPM = "fashion-mnist-glow", "fashion-mnist-pixelcnn", "fashion-mnist-ddpm"
 BATCHES = (1, 16, 64)
 AHEAD = 3  # batches that are asked for at any time
 BURST = 10_000  # images

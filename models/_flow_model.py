@@ -240,10 +240,13 @@ class FlowModel(_protocol.Model, OnePassDensity, Localiser):
         z, log_det = self.encode(_dequantised(x), labels)
         log_p_z = self.prior.log_prob(z)
         statistics = {"log_p_z": log_p_z, "log_det": log_det}
+        found = []
         for i, latent in enumerate(z):
-            statistics[f"energy_{i}"] = 0.5 * latent.square().mean(dim=(1, 2, 3))
-            statistics[f"autocorrelation_{i}"] = neighbour_correlation(latent)
-        features = {"moments": torch.cat([moments(latent) for latent in z], dim=1)}
+            products = Products.of(latent)
+            statistics[f"energy_{i}"] = products.energy
+            statistics[f"autocorrelation_{i}"] = products.autocorrelation
+            found.append(products.moments)
+        features = {"moments": torch.cat(found, dim=1)}
         log_prob = discrete_log_prob(log_p_z + log_det, self.spec.image.dims)
         return Score(log_prob=log_prob, statistics=statistics, features=features)
 
@@ -267,26 +270,49 @@ def _dequantised(x: Tensor) -> Tensor:
     return dequantise(x, _random.uniform(seed, torch.zeros_like(seed), 0, 0, x.shape[1:]))
 
 
-def neighbour_correlation(z: Tensor) -> Tensor:
-    """(B,) mean product of two neighbours of z (B, C, H, W), in a row or in a column; 0 where there are none."""
-    right, lower = z[..., 1:] * z[..., :-1], z[..., 1:, :] * z[..., :-1, :]
-    pairs = right[0].numel() + lower[0].numel()
-    return (right.sum(dim=(1, 2, 3)) + lower.sum(dim=(1, 2, 3))) / max(1, pairs)
+@dataclass(frozen=True)
+class Products:
+    """What statistics and moments of latents z (B, C, H, W) are made of: sums of the products of two of them."""
 
+    z: Tensor
+    square: Tensor  # (B, C) of a latent with itself, and the others likewise
+    right: Tensor  # with its right neighbour
+    lower: Tensor
 
-def moments(z: Tensor) -> Tensor:
-    """(B, `count_moments`) of z (B, C, H, W): logs of the channels' mean squares, then correlations: with the right
-    neighbour, with the lower one, of two channels at a place; 0 where there is none to correlate with."""
-    _, c, h, w = z.shape
-    square = z.square().mean(dim=(2, 3)) + LEAST_SQUARE
-    right = (z[..., 1:] * z[..., :-1]).sum(dim=(2, 3)) / max(1, h * (w - 1))
-    lower = (z[..., 1:, :] * z[..., :-1, :]).sum(dim=(2, 3)) / max(1, (h - 1) * w)
-    found = torch.cat([square.log(), right / square, lower / square], dim=1)
-    if c > MOST_CHANNELS:
-        return found
-    one, other = torch.triu_indices(c, c, offset=1, device=z.device)
-    between = torch.einsum("bchw,bdhw->bcd", z, z)[:, one, other] / (h * w)
-    return torch.cat([found, between / (square[:, one] * square[:, other]).sqrt()], dim=1)
+    @classmethod
+    def of(cls, z: Tensor) -> Products:
+        return cls(
+            z,
+            z.square().sum(dim=(2, 3)),
+            (z[..., 1:] * z[..., :-1]).sum(dim=(2, 3)),
+            (z[..., 1:, :] * z[..., :-1, :]).sum(dim=(2, 3)),
+        )
+
+    @property
+    def energy(self) -> Tensor:
+        """(B,) mean of ½ z²."""
+        return self.square.sum(dim=1) * (0.5 / self.z[0].numel())
+
+    @property
+    def autocorrelation(self) -> Tensor:
+        """(B,) mean product of two neighbours, in a row or in a column; 0 where there are none."""
+        _, c, h, w = self.z.shape
+        return (self.right + self.lower).sum(dim=1) / max(1, c * (h * (w - 1) + (h - 1) * w))
+
+    @property
+    def moments(self) -> Tensor:
+        """(B, `count_moments`): logs of the channels' mean squares, then correlations: with the right neighbour, with
+        the lower one, of two channels at a place; 0 where there is none to correlate with."""
+        _, c, h, w = self.z.shape
+        square = self.square / (h * w) + LEAST_SQUARE
+        right, lower = self.right / max(1, h * (w - 1)), self.lower / max(1, (h - 1) * w)
+        found = [square.log(), right / square, lower / square]
+        if c <= MOST_CHANNELS:
+            one, other = torch.triu_indices(c, c, offset=1, device=self.z.device)
+            flat, root = self.z.flatten(2), square.sqrt()  # (B, C, H·W)
+            between = flat @ flat.transpose(1, 2) / (root[:, :, None] * root[:, None])
+            found.append(between[:, one, other] / (h * w))
+        return torch.cat(found, dim=1)
 
 
 def count_moments(channels: int) -> int:

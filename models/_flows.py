@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models._nn import at_least
 from models._protocol import unlabelled
 
 
@@ -322,6 +323,16 @@ class Convolution(nn.Conv2d):
         return z
 
 
+class Head(Convolution):
+    """The last convolution of a network, to few channels. On CPUs such a one rounds otherwise where a row is alone, and
+    one of 1×1 where rows are few and channels come first. Here it does not, so that batches of any size give the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(at_least(2, x).contiguous(memory_format=torch.channels_last))
+        return z[: x.shape[0]]
+
+
 class Linear(nn.Linear):
     """A linear layer in the dtype of its input."""
 
@@ -336,7 +347,7 @@ class CouplingNetwork(nn.Module):
         super().__init__()
         self.first = Convolution(channels_in, width, 3, padding=1)
         self.second = Convolution(width, width, 1)
-        self.last = Convolution(width, channels_out, 3, padding=1)
+        self.last = Head(width, channels_out, 3, padding=1)
         for parameter in self.last.parameters():
             nn.init.zeros_(parameter)
 
@@ -359,11 +370,11 @@ class DenseNetwork(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.flatten(1)
+        h = at_least(4, x.flatten(1))
         for layer in self.layers[:-1]:
             h = F.relu_(layer(h))
         out: Tensor = self.layers[-1](h)
-        return out.view_as(x)
+        return out[: x.shape[0]].view_as(x)
 
 
 # ---------------------------------------------------------------------------------------------------------- multi-scale

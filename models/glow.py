@@ -36,8 +36,8 @@ from models._flows import (
     AffineGiven,
     Bijection,
     Chain,
-    Convolution,
     CouplingNetwork,
+    Head,
     Invertible1x1,
     LabelMaps,
     Logit,
@@ -71,11 +71,9 @@ def scale(config: Config, channels: int, index: int) -> Chain:
         layers += [ActNorm(channels), Invertible1x1(channels), AffineCoupling(network, config.scale_bound)]
     layers += [ActNorm(channels), Invertible1x1(channels)]
     if index + 1 < len(config.couplings):
-        layers.append(
-            AffineCoupling(zeroed(Convolution(half + config.maps, 2 * half, 3, padding=1)), config.scale_bound)
-        )
+        layers.append(AffineCoupling(zeroed(Head(half + config.maps, 2 * half, 3, padding=1)), config.scale_bound))
     else:
-        layers.append(AffineGiven(zeroed(Convolution(config.maps, 2 * channels, 1)), config.scale_bound))
+        layers.append(AffineGiven(zeroed(Head(config.maps, 2 * channels, 1)), config.scale_bound))
     return Chain(layers)
 
 

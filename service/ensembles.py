@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,15 +38,28 @@ class Ensembles:
         """The calibration of these models together, the newest where several folders have one."""
         return await asyncio.to_thread(self._find, models, versions)
 
+    async def members(self, name: str) -> list[str] | None:
+        """Whom the ensemble in the folder of that name consists of; None where there is no such ensemble."""
+        return await asyncio.to_thread(self._members, name)
+
+    def _members(self, name: str) -> list[str] | None:
+        for path, ensemble in self._all():
+            if path.parent.name == name:
+                return [member.name for member in ensemble.members]
+        return None
+
+    def _all(self) -> Iterator[tuple[Path, Ensemble]]:
+        """Oldest first."""
+        for path in sorted(self._folder.glob(f"*/{ABOUT}"), key=_modified):
+            try:
+                yield path, unpack(path.read_bytes())
+            except (CalibrationError, OSError) as e:
+                log.warning("%s: %s", path.parent.name, e)
+
     def _find(self, models: Sequence[str], versions: Sequence[Version]) -> Together:
         found = Together(Known(None), tuple(models), tuple(range(len(models))))
         weights = [version.weights_sha256 for version in versions]
-        for path in sorted(self._folder.glob(f"*/{ABOUT}"), key=_modified):
-            try:
-                ensemble = unpack(path.read_bytes())
-            except (CalibrationError, OSError) as e:
-                log.warning("%s: %s", path.parent.name, e)
-                continue
+        for path, ensemble in self._all():
             order = ensemble.order(weights)
             if order is not None:
                 found = Together(self._read(path, ensemble), tuple(m.name for m in ensemble.members), order)

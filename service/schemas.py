@@ -88,7 +88,8 @@ class GenerateRequest(JobOptions):
 
 class ScoreOptions(JobOptions):
     model: Annotated[ModelId | list[ModelId], BeforeValidator(_models)] = Field(
-        description="a model's id; a list of them is an ensemble, whose statistics are judged together (in JSON alone)"
+        description="a model's id; a list of them (in JSON alone), or the name of a folder that was calibrated from "
+        "several, is an ensemble, whose statistics are judged together"
     )
     label: Annotated[Label | None, BeforeValidator(_label)] = None
     marginal: bool = Field(
@@ -299,7 +300,8 @@ class CalibrationVersions(Answer):
 
 
 class ScoreResponse(Answer):
-    """Of an ensemble model, family, kind and dequantisation are lists, in the order of the request."""
+    """Of an ensemble model, family, kind and dequantisation are lists, in the order of the request, or, asked for by
+    the name of its folder, of the calibration."""
 
     model: str | list[str]
     family: str | list[str]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomaly.calibration import Described, Verdict, describe, numbers
+from anomaly.conformal import needed
 from anomaly.ensembles import joined
 from anomaly.heatmaps import Maps, Surprises
 from service import tracing
@@ -214,7 +215,18 @@ def no_maps(options: ScoreOptions, scorers: Sequence[Scorer], known: Known) -> s
     return None
 
 
-def check_alpha(options: ScoreOptions, known: Known) -> None:
-    """Before the work, not after. Raises `CalibrationError`."""
-    if known.calibration is not None and options.fdr is None:
+def check_rate(options: ScoreOptions, known: Known, images: int) -> str | None:
+    """Before the work, not after: whether any of so many images could be called an anomaly. What is to be known of it.
+    Raises `CalibrationError`."""
+    if known.calibration is None:
+        return None
+    if options.fdr is None:
         known.calibration.rank(options.alpha, options.confidence)
+        return None
+    least, n = known.calibration.together(images, options.fdr), known.calibration.n
+    if least == 1 or not fits(options, known):
+        return None
+    return (
+        f"fdr: of {images} images judged together none is named unless {least} or more are, as {n:,} calibration "
+        f"images tell no p-value below 1 in {n + 1:,}; it takes {needed(options.fdr / images):,} to name a single one"
+    )

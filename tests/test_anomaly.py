@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load as parse
 from sklearn.covariance import LedoitWolf
 
 from anomaly import calibration, conformal, detectors, sizes
@@ -80,6 +81,15 @@ def test_benjamini_hochberg_holds_its_rate() -> None:
     assert np.mean(shares) <= 0.1 + 3 * np.std(shares) / math.sqrt(300)
     assert conformal.discoveries(np.array([0.01, 0.02, 0.9]), 0.05).tolist() == [True, True, False]
     assert not conformal.discoveries(np.array([]), 0.1).any()
+
+
+@given(n=st.integers(1, 3000), images=st.integers(1, 64), rate=st.floats(1e-4, 0.5))
+def test_fewer_images_than_the_fewest_are_never_named_together(n: int, images: int, rate: float) -> None:
+    least = conformal.fewest(n, images, rate)
+    for odd in {min(least, images), min(least - 1, images)}:
+        p = np.ones(images)
+        p[:odd] = 1 / (n + 1)
+        assert conformal.discoveries(p, rate).sum() == (odd if odd >= least else 0)
 
 
 def test_from_so_many_images_on_a_rate_is_as_near_to_alpha_as_it_says() -> None:
@@ -163,6 +173,17 @@ def test_a_calibration_comes_back_from_its_bytes(made: Calibration) -> None:
     assert again.judge(again.score(images), 0.05) == made.judge(made.score(images), 0.05)
     assert again.about == made.about
     assert again.sha256 == made.sha256
+
+
+def test_scores_are_stored_in_half_the_bytes_and_yet_compared_as_they_are(made: Calibration) -> None:
+    """An image of the calibration, scored again, is as odd as itself: not a trifle more or less."""
+    assert parse(made.pack())["scores"].dtype == np.float32
+    again = unpack(made.pack())
+    scores = again.score(described(500, 1))
+    np.testing.assert_array_equal(np.sort(scores), again.scores)
+    at_least = (again.scores[None] >= scores[:, None]).sum(axis=1)
+    assert at_least.min() == 1
+    np.testing.assert_allclose(conformal.p_values(again.scores, scores), (1 + at_least) / 501)
 
 
 def test_false_alarms_are_as_many_as_were_asked_for(made: Calibration) -> None:

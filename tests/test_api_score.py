@@ -262,6 +262,25 @@ async def test_an_alpha_that_the_calibration_cannot_serve_says_what_it_takes(api
     assert not api.broker.jobs, "it is told before the work"
 
 
+async def test_a_batch_that_could_not_be_judged_at_its_rate_is_told_so(api: Api) -> None:
+    """200 calibration images: no p-value is below 1/201."""
+    calibrated(api)
+    answer = await asked(api, [normal(1)], fdr=0.004)
+    assert answer["status"] == 422
+    assert answer["errors"][0]["loc"] == ["body", "fdr"]
+    assert "fdr 0.004 takes at least 249 calibration images; there are 200" in answer["detail"]
+    assert not api.broker.jobs, "it is told before the work"
+    strange = [np.full((3, 4, 5), level, np.uint8) for level in (0, 255, 254, 1)]
+    batch = [normal(2000 + k) for k in range(36)]
+    few = await asked(api, [*batch, *strange[:3], normal(1)], fdr=0.05)
+    assert any("of 40 images judged together none is named unless 4 or more are" in told for told in few["warnings"])
+    assert any("799 to name a single one" in told for told in few["warnings"])
+    assert not any(result["anomaly"]["is_anomaly"] for result in few["results"])
+    enough = await asked(api, batch + strange, fdr=0.05)
+    assert all(result["anomaly"]["is_anomaly"] for result in enough["results"][36:])
+    assert (await asked(api, strange, fdr=0.05))["warnings"] == []
+
+
 @pytest.mark.parametrize("field", ["alpha", "confidence", "fdr"])
 @pytest.mark.parametrize("value", [0, 1, -0.5, "a"])
 async def test_shares_must_lie_between_0_and_1(api: Api, field: str, value: Any) -> None:

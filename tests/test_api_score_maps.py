@@ -191,6 +191,23 @@ async def test_an_ensemble_is_found_by_its_members_weights(api: Api, order: list
     assert {f"{names[0]}.mean", f"{names[1]}.nll_bits", "complexity_bits"} <= answer["results"][0]["statistics"].keys()
 
 
+async def test_an_ensemble_may_be_asked_for_by_the_name_of_its_folder(api: Api) -> None:
+    ensemble(api)
+    images = [normal(1000, 1), np.full((1, 4, 5), 255, np.uint8)]
+    assert await asked(api, "both", images) == await asked(api, list(MEMBERS), images)
+    form = await api.post("/score", data={"model": "both"}, files=[("images", file_of(x)) for x in images])
+    assert form.json() == await asked(api, "both", images)
+    write_model(api.folder, "both", ENERGY)
+    api.catalog.refresh()
+    before = len(api.broker.jobs)
+    await asked(api, "both", images)
+    assert [job.model for job in list(api.broker.jobs.values())[before:]] == ["both"], (
+        "a model of that name comes first"
+    )
+    for unknown in ("neither", "../both", "*"):
+        assert (await asked(api, unknown, images))["status"] == 404
+
+
 async def test_each_member_says_what_it_would_say_alone(api: Api) -> None:
     ensemble(api)
     images = [picture(1, k, (1, 4, 5)) for k in range(2)]

@@ -91,6 +91,26 @@ def test_what_is_no_ensemble_is_refused_before_any_work(
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_too_few_images_and_copies_are_told_before_any_work(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = data.load("digits").splits["train"].x[:130]
+
+    def calibrated_on(name: str, x: np.ndarray) -> int:
+        np.savez(tmp_path / name, images=x[:, 0])
+        return main(["calibrate", str(zoo / "gaussian"), "--data", f"npz:{tmp_path / name}"])
+
+    assert calibrated_on("few.npz", x[:40]) == 2
+    assert "40 distinct images; a calibration takes at least 100" in capsys.readouterr().err.replace("\n", " ")
+    assert calibrated_on("same.npz", np.repeat(x[:1], 150, axis=0)) == 2
+    told = capsys.readouterr()
+    assert "149 images are copies of others; each is taken once, which leaves 1" in told.out.replace("\n", " ")
+    assert "scoring" not in told.out
+    assert calibrated_on("copies.npz", np.concatenate([x, x[:7]])) == 0
+    made = unpack(_checkpoint.read_file(zoo / "gaussian", "calibration.safetensors"))
+    assert made.n == made.about["fit_n"] == 65, "copies stand on neither side"
+
+
 @pytest.mark.parametrize("broken", [b"", b"[]", b'{"format": 2}', b'{"format": 1, "members": [{}], "files": {}}'])
 def test_what_is_no_ensemble_file_is_refused(broken: bytes) -> None:
     with pytest.raises(ensembles.CalibrationError, match=r"ensemble\.json"):

@@ -10,13 +10,13 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from anomaly import combination, detectors, features
 from anomaly.calibration import Calibration, CalibrationError, Described, calibrate, numbers, unpack
 from anomaly.combination import Combination, Tails
 from anomaly.ensembles import joined
-from models._flow_model import MOST_CHANNELS, count_moments, moments
+from models._flow_model import MOST_CHANNELS, Products, count_moments
 from models._pixels import by_tile_of, feature_sizes
 from service.marginals import marginal
 from service.messages import Scored, pack
@@ -201,26 +201,24 @@ def test_members_have_a_detector_each_and_share_what_is_of_the_image() -> None:
         {"b.a", "b.excess_bits", "complexity_bits"},
         {"b.c.a", "b.c.excess_bits", "complexity_bits"},
     ]
-    assert made.combination is not None
     owned = dict(zip([*made.directed, *made.subspaces], made.combination.owners[2:].tolist(), strict=True))
     assert owned == {"b.excess_bits": 0, "b.c.excess_bits": 1, "b.inner": 0, "b.c.inner": 1}
     assert unpack(made.pack()).pack() == made.pack()
 
 
-def test_the_format_before_this_one_is_still_read() -> None:
-    rng = np.random.default_rng(0)
-    detector = detectors.fit("mahalanobis", rng.standard_normal((200, 2)))
-    arrays = {"scores": np.sort(rng.random(100)), **{f"detector.{k}": v for k, v in detector.state.items()}}
-    about = {"format": 1, "statistics": ["a", "b"], "detector": "mahalanobis", "n": 100}
-    old = unpack(save(arrays, metadata={"calibration": json.dumps(about)}))
-    x = rng.standard_normal((5, 2))
-    images: list[Described] = [{"a": float(a), "b": float(b)} for a, b in x]
-    np.testing.assert_array_equal(old.score(images), detector.score(x))
-    assert (old.kind, old.statistics, old.about) == ("mahalanobis", ("a", "b"), {"n": 100})
-    assert load(old.pack()).keys() == {"scores", *(f"groups.0.{name}" for name in detector.state)}
+@pytest.mark.parametrize("older", [1, 2])
+def test_a_calibration_of_an_older_version_is_refused(older: int) -> None:
+    """Its scores are other numbers: nothing is judged by them."""
+    packed = save({"scores": np.zeros(100)}, metadata={"calibration": json.dumps({"format": older, "n": 100})})
+    with pytest.raises(CalibrationError, match=f"format {older}; this version reads format 3: calibrate again"):
+        unpack(packed)
 
 
 # ------------------------------------------------------------------------------------------------------ what models say
+
+
+def moments(z: torch.Tensor) -> torch.Tensor:
+    return Products.of(z).moments
 
 
 def test_moments_of_white_noise_and_of_what_is_not() -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from models import _random, _rows
 from models._flow_model import (
+    Products,
     dequantise,
     discrete_log_prob,
     gaussian_log_prob,
-    neighbour_correlation,
     quantise,
 )
 from models._flows import (
@@ -322,13 +322,17 @@ def test_statistics_split_the_score_into_what_its_sum_hides() -> None:
     torch.testing.assert_close(-energy - 32 * math.log(2 * math.pi), s["log_p_z"])
 
 
-def test_neighbour_correlation_of_white_of_smooth_and_of_single_values() -> None:
+def autocorrelation(z: torch.Tensor) -> torch.Tensor:
+    return Products.of(z).autocorrelation
+
+
+def test_autocorrelation_of_white_of_smooth_and_of_single_values() -> None:
     white = _random.normal(torch.arange(8), torch.zeros(8, dtype=torch.int64), 0, 0, (4, 32, 32))
-    assert neighbour_correlation(white).abs().max() < 0.06  # 7936 pairs: five standard errors
-    torch.testing.assert_close(neighbour_correlation(torch.full((2, 3, 4, 5), 2.0)), torch.full((2,), 4.0))
+    assert autocorrelation(white).abs().max() < 0.06  # 7936 pairs: five standard errors
+    torch.testing.assert_close(autocorrelation(torch.full((2, 3, 4, 5), 2.0)), torch.full((2,), 4.0))
     checkered = (-1.0) ** (torch.arange(4)[:, None] + torch.arange(4))
-    torch.testing.assert_close(neighbour_correlation(checkered.expand(1, 1, 4, 4)), torch.tensor([-1.0]))
-    assert torch.equal(neighbour_correlation(torch.ones(1, 2, 1, 1)), torch.zeros(1))
+    torch.testing.assert_close(autocorrelation(checkered.expand(1, 1, 4, 4)), torch.tensor([-1.0]))
+    assert torch.equal(autocorrelation(torch.ones(1, 2, 1, 1)), torch.zeros(1))
 
 
 def test_score_has_a_gradient_in_the_image() -> None:

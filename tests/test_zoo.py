@@ -110,6 +110,23 @@ def test_the_likelihood_on_its_card_is_what_it_gives(folder: Path) -> None:
     assert float(bits.mean()) == pytest.approx(claimed, abs=4 * float(bits.std()) / math.sqrt(count))
 
 
+@pytest.mark.parametrize("name", ["glow", "nice", "pixelcnn", "realnvp"])
+@torch.inference_mode()
+def test_a_score_is_the_same_to_the_last_bit_in_batches_of_any_size(name: str) -> None:
+    """So that the engine need not fill them up: a lone image costs one image."""
+    density = _checkpoint.load(ZOO / f"fashion-mnist-{name}")
+    assert isinstance(density, Density)
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (16, 1, 28, 28))).float() / 255
+    many = density.log_prob(x)
+    assert many.log_prob is not None
+    for size in (1, 2, 3, 8):
+        few = density.log_prob(x[:size])
+        assert few.log_prob is not None
+        assert torch.equal(few.log_prob, many.log_prob[:size]), size
+        for told, expected in ((few.statistics, many.statistics), (few.features, many.features)):
+            assert all(torch.equal(value, expected[key][:size]) for key, value in told.items()), size
+
+
 @pytest.mark.slow
 @checkpoints
 def test_a_request_gives_the_same_bytes_alone_and_amid_63_others(folder: Path) -> None:

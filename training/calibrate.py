@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from anomaly import ensembles, heatmaps
-from anomaly.calibration import FILE, Calibration, CalibrationError, Described, calibrate
+from anomaly.calibration import FILE, Calibration, CalibrationError, Described, calibrate, needed
 from anomaly.ensembles import Ensemble, Member
 from models import _checkpoint
 from models._protocol import Density, Localiser, Model, unlabelled
@@ -52,6 +52,7 @@ def run(
     models = [_density(folder, device, dataset) for folder in checkpoints]
     own_data = dataset.digest in [seen.get("sha256") for seen in own]
     fit, held_out = parts(dataset, trained_on=own_data)
+    _check_count(dataset, len(fit) + len(held_out), own_data, console)
     console.print(f"scoring {len(fit):,} + {len(held_out):,} images of {dataset.name}", highlight=False)
     members = [
         Member(folder.resolve().name, about["files"][_checkpoint.WEIGHTS])
@@ -95,6 +96,16 @@ def _check(checkpoints: Sequence[Path], out: Path | None) -> None:
     names = [folder.resolve().name for folder in checkpoints]
     if len(set(names)) < len(names):
         raise CalibrationError(f"checkpoints: two of {', '.join(names)} have the same name, by which members are told")
+
+
+def _check_count(dataset: Dataset, n: int, own_data: bool, console: Console) -> None:
+    """Before anything is scored. Raises `CalibrationError` for too few images."""
+    copies = 0 if own_data else sum(len(split) for split in dataset.splits.values()) - n
+    if copies:
+        told = f"{dataset.name}: {copies:,} images are copies of others; each is taken once, which leaves {n:,}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+    if n < (least := needed(1)):
+        raise CalibrationError(f"{dataset.name}: {n:,} distinct images; a calibration takes at least {least}")
 
 
 def _density(folder: Path, device: torch.device, dataset: Dataset) -> Model:

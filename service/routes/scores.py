@@ -49,7 +49,8 @@ async def score(request: Request, services: Served) -> Response:
 
     Images come as base64 in JSON, or as files of a multipart form: PNG, JPEG, WebP, or npy (uint8). They must have the
     model's size and channel count unless `resize` is true. `anomaly` needs a calibrated model: for others it is null,
-    and a warning says so. A list of models is an ensemble: calibrated together, it judges by the statistics of all.
+    and a warning says so. A list of models, or the name of an ensemble's folder, is an ensemble: calibrated together,
+    it judges by the statistics of all.
     """
     require_media_type(request, JSON, MULTIPART)
     options: ScoreOptions
@@ -59,6 +60,7 @@ async def score(request: Request, services: Served) -> Response:
         files = body.images
     else:
         options, files = await read_form(request, ScoreOptions, "images")
+    options = await _members_for_ensemble(options, services)
     timeout = options.timeout or services.settings.request_timeout
     how = How(options.priority, tenant(request), timeout, asyncio.get_running_loop().time() + timeout)
     scorers = [await scorer_of(model, services) for model in _names(options)]
@@ -66,9 +68,10 @@ async def score(request: Request, services: Served) -> Response:
     own = [await services.calibrations.of(scorer.id, scorer.version) for scorer in scorers]
     whole = await _together(scorers, own, services)
     try:
-        scoring.check_alpha(options, whole.known)
+        hardly_any = scoring.check_rate(options, whole.known, len(files))
     except CalibrationError as e:
-        raise errors.Invalid(Fault(("body", "alpha"), f"{_told(options)}: {e}", options.alpha)) from None
+        field, value = ("alpha", options.alpha) if options.fdr is None else ("fdr", options.fdr)
+        raise errors.Invalid(Fault(("body", field), f"{_told(options)}: {e}", value)) from None
     no_maps = scoring.no_maps(options, [scorers[k] for k in whole.order], whole.known) if options.heatmap else None
     shape = scorers[0].version.spec.image
     pixels, resized = await decoded(files, shape, options.resize, services.settings.max_image_side)
@@ -77,13 +80,21 @@ async def score(request: Request, services: Served) -> Response:
     found = await unless_hung_up(request.receive, asked)
     answer = await off_loop(_COMPRESSION * pixels.size, _answer, options, scorers, pixels, found, own, whole, mapped)
     answer.warnings.extend(_warnings(options, scorers, found, whole.known, resized))
-    if no_maps is not None:
-        answer.warnings.append(no_maps)
+    answer.warnings.extend(told for told in (hardly_any, no_maps) if told is not None)
     answer.warnings.extend(_drift(scorers, own, answer, services))
     return Response(answer.model_dump_json(), media_type=JSON)
 
 
 # ------------------------------------------------------------------------------------------------------------- requests
+
+
+async def _members_for_ensemble(options: ScoreOptions, services: Services) -> ScoreOptions:
+    """Asked of an ensemble by the name of its folder is asked of its members. A model of that name comes first."""
+    if isinstance(options.model, str) and options.model not in services.catalog.ids:
+        members = await services.ensembles.members(options.model)
+        if members is not None:
+            return options.model_copy(update={"model": members})
+    return options
 
 
 def _names(options: ScoreOptions) -> list[str]:
