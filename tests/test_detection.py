@@ -58,7 +58,8 @@ def test_a_score_that_is_no_number_is_above_all_and_minus_infinity_below() -> No
 def test_realised_false_alarms_lie_within_the_beta_law_as_often_as_it_says() -> None:
     """1,000 times: 200 scores calibrate, 100 others are counted."""
     rng, inside, promised = np.random.default_rng(0), 0, 0
-    plain = calibrations.Calibration((), np.zeros(0), {})
+    said = [{"a": float(a)} for a in rng.standard_normal(200)]
+    plain = calibrations.calibrate(said[:100], said[100:], {})
     for _ in range(1000):
         calibration = dataclasses.replace(plain, scores=np.sort(rng.standard_normal(200)))
         fresh = rng.standard_normal(100)
@@ -227,6 +228,20 @@ def test_an_ensemble_is_measured_by_its_own_calibration_and_pictures_are_drawn(z
     assert "### Heat maps" in page
     assert "](page/roc-both.png)" in page
     assert "](page/heatmaps-both.png)" in page
+
+
+def test_false_alarms_may_be_counted_among_more_normal_images_than_anomalies_are_held_against(zoo: Path) -> None:
+    def measured(*more: str) -> dict[str, Any]:
+        assert evaluated(zoo, "one", images=20, more=more) == 0
+        (one,) = json.loads((zoo / "page.json").read_text(encoding="utf-8"))["digits"]["scorers"].values()
+        return dict(one)
+
+    few, many = measured(), measured("--normal", "60")
+    assert {alarm["n"] for alarm in few["false_alarms"]} == {20}
+    assert {alarm["n"] for alarm in many["false_alarms"]} == {60}
+    for same in ("rows", "found", "groups", "images"):
+        assert few[same] == many[same], "what anomalies are held against is the same"
+    assert many["command"].endswith("--images 20 --normal 60")
 
 
 def test_an_ensemble_of_other_weights_is_refused(zoo: Path) -> None:

@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--images", type=_positive, help="images of each set of anomalies (10,000)")
     evaluate.add_argument("--pictures", action="store_true", help="also draw ROC curves and heat maps")
+    evaluate.add_argument(
+        "--normal", type=_positive, help="normal images to count false alarms among (as many as --images)"
+    )
     evaluate.add_argument("--work", type=Path, help="where scores are kept to go on from (runs/anomalies)")
     evaluate.add_argument("--page", type=Path, help="the page with the tables (docs/anomalies.md)")
     calibrate = commands.add_parser("calibrate", help="turn a checkpoint's scores into p-values; it must be a density")
@@ -184,7 +187,7 @@ def _processes(asked: int | None) -> tuple[int, int]:
 def _evaluate(args: argparse.Namespace, console: Console) -> None:
     from training.evaluate import Settings, evaluate
 
-    for option in ("images", "pictures", "work", "page"):
+    for option in ("images", "normal", "pictures", "work", "page"):
         if getattr(args, option):
             raise RunError(f"{option}: only with --anomalies")
     for checkpoint in args.checkpoints:
@@ -196,13 +199,14 @@ def _detect(args: argparse.Namespace, console: Console) -> None:
     from training import anomaly_page as pages
     from training import detect, detect_pictures
 
-    chosen = {name: value for name in ("images", "work") if (value := getattr(args, name)) is not None}
+    chosen = {name: value for name in ("images", "normal", "work") if (value := getattr(args, name)) is not None}
     settings = detect.Settings(**chosen)
     page: Path = args.page or pages.PAGE
     pages.write(page, pages.read(page))  # a page that cannot be written is told before the work
     told = {path.resolve().name: path.name if path.is_absolute() else path.as_posix() for path in args.checkpoints}
     for subject, scorer in detect.evaluate(args.checkpoints, settings, args.data_dir, console):
         command = f"python -m training evaluate {told[scorer.name]} --anomalies --images {settings.images}"
+        command += f" --normal {settings.normal}" if settings.normal else ""
         found = {**detect.measured(scorer, subject, settings), "command": command}
         drawn = []
         for kind, picture in (detect_pictures.pictures(scorer, subject) if args.pictures else {}).items():

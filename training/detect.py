@@ -53,6 +53,7 @@ class Settings:
     """How much is measured."""
 
     images: int = 10_000  # of each set, or as many as there are
+    normal: int = 0  # normal images among which false alarms are counted, where these are to be more than `images`
     groups: tuple[int, ...] = (5, 10)
     alphas: tuple[float, ...] = (0.01, 0.05)
     confidence: float = 0.95
@@ -80,6 +81,7 @@ class Subject:
     odd: Sequence[anomalies.Odd]
     complexity: Mapping[str, Floats]  # by set, of anomalies and of normal images
     images: Mapping[str, Images]  # by set
+    compared: int  # normal images, the first of theirs, that anomalies are held against
 
 
 def evaluate(
@@ -138,7 +140,7 @@ def _subject(dataset: Dataset, settings: Settings, data_dir: Path | None, bars: 
         odd = list(anomalies.sets(dataset, settings.images, data_dir))
     images = {
         "fit": dataset.splits["fit"].x[: settings.images],
-        NORMAL: dataset.splits["test"].x[: settings.images],
+        NORMAL: dataset.splits["test"].x[: max(settings.images, settings.normal)],
         **{one.name: one.x for one in odd},
     }
     folder = settings.work / f"{scored.slug(dataset.name)}-{dataset.digest[:12]}"
@@ -146,7 +148,7 @@ def _subject(dataset: Dataset, settings: Settings, data_dir: Path | None, bars: 
     for name, x in images.items():
         with bars.task(f"{dataset.name}: compressed size: {name}") as report:
             complexity[name] = scored.kept(scored.file(folder, name), x, scored.complexities, report)["complexity"]
-    return Subject(dataset, odd, complexity, images)
+    return Subject(dataset, odd, complexity, images, min(settings.images, len(images[NORMAL])))
 
 
 def _scorer(folder: Path, subject: Subject, settings: Settings, bars: Bars) -> Scorer:
@@ -216,11 +218,12 @@ def _surprise(model: Model, x: Images) -> dict[str, Floats]:
 
 
 def ranked(scorer: Scorer, subject: Subject) -> dict[str, dict[str, Floats]]:
-    """By row, and by set: scores of the images, higher for what is more anomalous."""
+    """By row, and by set: scores of the images that are compared, higher for what is more anomalous."""
     sets = [NORMAL, *(odd.name for odd in subject.odd)]
-    rows = {CALIBRATED: {name: scorer.calibration.score(scorer.described[name]) for name in sets}}
+    described = {**scorer.described, NORMAL: scorer.described[NORMAL][: subject.compared]}
+    rows = {CALIBRATED: {name: scorer.calibration.score(described[name]) for name in sets}}
     if scorer.family != ENSEMBLE:
-        nll = {name: surprisal(scorer.described[name]) for name in ("fit", *sets)}
+        nll = {name: surprisal(described[name]) for name in ("fit", *sets)}
         centre = float(np.median(nll["fit"]))
         rows[ONE_SIDED] = {name: nll[name] for name in sets}
         rows[TWO_SIDED] = {name: np.abs(nll[name] - centre) for name in sets}
@@ -231,7 +234,7 @@ def measured(scorer: Scorer, subject: Subject, settings: Settings) -> dict[str, 
     """JSON: what is measured of one scorer."""
     calibration, sets = scorer.calibration, [odd.name for odd in subject.odd]
     ranks = ranked(scorer, subject)
-    score = ranks[CALIBRATED]
+    score, normal = ranks[CALIBRATED], calibration.score(scorer.described[NORMAL])
     rows = {
         row: {name: rounded(separation(values[NORMAL], values[name])) for name in sets} for row, values in ranks.items()
     }
@@ -239,7 +242,7 @@ def measured(scorer: Scorer, subject: Subject, settings: Settings) -> dict[str, 
         found
         for alpha in settings.alphas
         for confidence in (None, settings.confidence)
-        if (found := false_alarms(calibration, score[NORMAL], alpha, confidence)) is not None
+        if (found := false_alarms(calibration, normal, alpha, confidence)) is not None
     ]
     return {
         "family": scorer.family,
@@ -286,6 +289,7 @@ def compressed(subject: Subject) -> dict[str, dict[str, float]]:
     """The baseline that needs no model, by set."""
     centre = float(np.median(subject.complexity["fit"]))
     far = {name: np.abs(bits - centre) for name, bits in subject.complexity.items()}
+    far[NORMAL] = far[NORMAL][: subject.compared]
     return {odd.name: rounded(separation(far[NORMAL], far[odd.name])) for odd in subject.odd}
 
 
