@@ -55,7 +55,7 @@ _FOLDER = Path(__file__).with_name("lua")
 
 # Replies of a server in trouble. Until Redis 7, a script's own error quotes the code of what it called.
 _IN_TROUBLE = (BusyLoadingError, ClusterDownError, MasterDownError, OutOfMemoryError, ReadOnlyError, TryAgainError)
-_QUOTED = re.compile(r"(?:^|-)(?:CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|OOM|READONLY|TRYAGAIN) ")
+_QUOTED = re.compile(r"(?:^|-)(?:BUSY|CLUSTERDOWN|LOADING|MASTERDOWN|MISCONF|OOM|READONLY|TRYAGAIN|UNBLOCKED) ")
 
 
 class CannotNow(RedisConnectionError):

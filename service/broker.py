@@ -6,7 +6,7 @@ A job goes one way and its events come back; what is in them (`payload`) is betw
 determines its answer, so a rerun tells the same again; receivers drop what they have already seen.
 
     API side        Broker   submit, cancel, events, status, position, pool
-    worker side     Claims   run, announce, claim, cancellations, publish, hand_back
+    worker side     Claims   run, announce, claim, cancellations, publish, hand_back, leave
 """
 
 from __future__ import annotations
@@ -249,3 +249,7 @@ class Claims(abc.ABC):
     @abc.abstractmethod
     async def hand_back(self, job_ids: Sequence[str]) -> None:
         """Let other workers do these: they are queued again at once, and this attempt does not count."""
+
+    @abc.abstractmethod
+    async def leave(self) -> None:
+        """Take nothing more, and hand back what is under way. To be called before `run` is cancelled."""

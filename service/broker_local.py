@@ -65,6 +65,7 @@ class _Record:
     worker: str | None = None  # who has it; None while it is queued
     began: bool = False  # whether that one has told anything of it
     events: list[Event] = field(default_factory=list)
+    cancelled: bool = False  # while a worker had it, who was told
     ended: bool = False
     lost: str | None = None  # why it ended without an answer
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -137,6 +138,7 @@ class LocalBroker(Broker):
             self._count(record.job, -1)
             self._end(record, lost=CANCELLED)
         else:
+            record.cancelled = True
             _send(self._links[record.worker].writer, "cancel", job_id)
 
     async def events(self, job_id: str, after: int = 0, wait: bool = True) -> AsyncIterator[Event]:
@@ -214,6 +216,8 @@ class LocalBroker(Broker):
             if record.events[-1].final:
                 del link.jobs[job_id]
                 self._end(record)
+            elif record.cancelled:  # it may have heard so before it had the job
+                _send(link.writer, "cancel", job_id)
             record.news.set()
         elif kind == "hand-back":
             mine = {job_id: None for job_id in rest[0] if job_id in link.jobs}
@@ -269,9 +273,12 @@ class LocalBroker(Broker):
         self._queue_again(link.jobs, attempts=1)
 
     def _queue_again(self, jobs: Mapping[str, None], attempts: int) -> None:
-        """Queue jobs of a worker in their old places."""
+        """Queue jobs of a worker in their old places; those that nobody wants any longer end."""
         for job_id in jobs:
             record = self._records[job_id]
+            if record.cancelled:
+                self._end(record, lost=CANCELLED)
+                continue
             record.job, record.worker = dataclasses.replace(record.job, attempt=record.job.attempt + attempts), None
             self._queue(record.job).put_back(record.place)
             self._count(record.job, 1)
@@ -342,7 +349,7 @@ class LocalClaims(Claims):
             async for kind, what in _frames(self._reader):
                 if kind == "job":
                     job = Job(**what)
-                    if is_wanted(job, self._wanted):
+                    if is_wanted(job, self._wanted) and self._jobs.empty():  # one claim takes one job
                         self._jobs.put_nowait(job)
                     else:  # by now: it was under way when its claim was dropped
                         _send(self._writer, "hand-back", [job.id])
@@ -357,14 +364,15 @@ class LocalClaims(Claims):
         self, models: Sequence[str], absent: Sequence[str] = (), enough: Mapping[str, Sequence[str]] = NOBODY
     ) -> Job:
         self._wanted = {model: enough.get(model, ()) for model in (*absent, *models)}
-        if self._jobs.empty():
-            described = {model: list(tenants) for model, tenants in enough.items()}
-            _send(self._writer, "claim", list(models), list(absent), described)
+        described = {model: list(tenants) for model, tenants in enough.items()}
+        _send(self._writer, "claim", list(models), list(absent), described)
         try:
             await self._writer.drain()
             return await self._jobs.get()
         except asyncio.CancelledError:
             self._want_nothing()
+            while not self._jobs.empty():  # it came in this very moment
+                _send(self._writer, "hand-back", [self._jobs.get_nowait().id])
             raise
         finally:
             self._wanted = {}
@@ -380,6 +388,10 @@ class LocalClaims(Claims):
     async def hand_back(self, job_ids: Sequence[str]) -> None:
         self._want_nothing()  # or they might come back at once
         _send(self._writer, "hand-back", list(job_ids))
+        await self._writer.drain()
+
+    async def leave(self) -> None:
+        self._want_nothing()
         await self._writer.drain()
 
     def _want_nothing(self) -> None:

@@ -22,6 +22,7 @@ import msgpack
 from redis.exceptions import RedisError, ResponseError
 
 from service._redis import (
+    ANSWER_SECONDS,
     AWAY,
     BLOCK_SECONDS,
     PREFIX,
@@ -50,9 +51,11 @@ class RedisClaims(Claims):
         self._ending: set[str] = set()  # those whose end is being told
         self._wanted: dict[str, Sequence[str]] = {}  # model in memory -> tenants of whom there is enough
         self._absent: dict[str, Sequence[str]] = {}  # the same of models that would have to be loaded
-        self._wants = asyncio.Event()
+        self._wants, self._rests = asyncio.Event(), asyncio.Event()  # any job; and no question about jobs is under way
         self._exhausted: tuple[Mapping[str, Sequence[str]] | None, float] = None, 0.0  # nothing was left of it; when
-        self._jobs: asyncio.Queue[Job] = asyncio.Queue()
+        self._jobs: asyncio.Queue[Job] = asyncio.Queue()  # one at most, for the claim that stands
+        self._unwanted: asyncio.Queue[Job] = asyncio.Queue()  # they are this worker's, and it is to hand them back
+        self._stopping: dict[str, Job | None] = {}  # lost, as it was told; what of them it was given again meanwhile
         self._dropped: asyncio.Queue[str] = asyncio.Queue()
         self._state: WorkerState | None = None
 
@@ -62,6 +65,7 @@ class RedisClaims(Claims):
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read())
                 group.create_task(self._hear())
+                group.create_task(self._return_unwanted())
                 group.create_task(steadily(self._renew, self._claim_seconds / 4))
                 group.create_task(steadily(self._take_over, self._claim_seconds / 4))
                 group.create_task(steadily(self._beat, self._claim_seconds / 4))
@@ -94,23 +98,22 @@ class RedisClaims(Claims):
             yield await self._dropped.get()
 
     async def publish(self, job_id: str, events: Sequence[Event]) -> None:
-        final, told = events[-1].final, False
+        final = events[-1].final
         if final:
             self._ending.add(job_id)
-        while not told:
-            job = self._held.get(job_id)
-            if job is None:
-                self._ending.discard(job_id)
-                return  # another's by now
+        while (job := self._held.get(job_id)) is not None:  # else it is another's by now
             # A publication that was heard but not answered is repeated; readers drop what they have seen.
             told = await until_reached(partial(self._tell, job, events))
-            if self._held.get(job_id) is job:
-                break  # otherwise this worker lost it and was given it again meanwhile, as another attempt
-        self._ending.discard(job_id)
-        if final or not told:
-            self._held.pop(job_id, None)
-        if not told and not final:
-            self._dropped.put_nowait(job_id)
+            if not told and self._held.get(job_id) is not job:
+                continue  # this worker lost it and was given it again meanwhile, as another attempt
+            if final or not told:
+                self._held.pop(job_id, None)
+            if not told and not final:
+                self._stop(job_id)
+            break
+        if final:
+            self._ending.discard(job_id)
+            self._let_go(job_id)
 
     async def _tell(self, job: Job, events: Sequence[Event]) -> bool:
         """False where the job is no longer this worker's."""
@@ -122,14 +125,43 @@ class RedisClaims(Claims):
 
     async def hand_back(self, job_ids: Sequence[str]) -> None:
         self._want_nothing()
-        unseen = [self._jobs.get_nowait().id for _ in range(self._jobs.qsize())]
-        await self._return([self._held.pop(job_id) for job_id in (*job_ids, *unseen) if job_id in self._held])
+        jobs = [self._held.pop(job_id) for job_id in job_ids if job_id in self._held]
+        for job_id in job_ids:
+            self._let_go(job_id)
+        await self._return(jobs)
+
+    async def leave(self) -> None:
+        self._want_nothing()
+        with contextlib.suppress(TimeoutError):  # Redis is away: what it gives is another's when its claim has run out
+            async with asyncio.timeout(BLOCK_SECONDS + ANSWER_SECONDS):
+                await self._rests.wait()
+                await self._unwanted.join()
 
     # ------------------------------------------------------------------------------------------------------ the inside
 
     def _want_nothing(self) -> None:
         self._wanted, self._absent = {}, {}
         self._wants.clear()
+        while not self._jobs.empty():  # it came in the very moment in which the claim was dropped
+            job = self._jobs.get_nowait()
+            self._unwanted.put_nowait(self._held.pop(job.id, job))
+            self._let_go(job.id)
+
+    def _stop(self, job_id: str) -> None:
+        """Tell the worker to stop. What it tells until it has is of the old attempt; before that it gets no new one."""
+        self._stopping.setdefault(job_id, None)
+        self._dropped.put_nowait(job_id)
+
+    def _let_go(self, job_id: str) -> None:
+        """The worker does it no longer."""
+        if (again := self._stopping.pop(job_id, None)) is not None:
+            self._unwanted.put_nowait(again)
+
+    async def _return_unwanted(self) -> None:
+        while True:
+            check_cancelled()
+            await self._return([await self._unwanted.get()])
+            self._unwanted.task_done()
 
     async def _return(self, jobs: Sequence[Job]) -> None:
         if jobs:
@@ -143,7 +175,9 @@ class RedisClaims(Claims):
         looked = 0.0
         while True:
             check_cancelled()
+            self._rests.set()
             await self._wants.wait()
+            self._rests.clear()
             if not self._jobs.empty():
                 await self._jobs_taken()
                 continue
@@ -204,11 +238,15 @@ class RedisClaims(Claims):
         except JobLost as e:
             await self._store.run("cancel", job.id, str(e))
             return
+        if job.id in self._stopping:
+            self._stopping[job.id] = job
+            return
         if job.id in self._held:  # its claim had run out and came back to this very worker: it is being done already
             self._held[job.id] = job
             return
-        if not is_wanted(job, {**self._absent, **self._wanted}):  # by now: there was time while it waited for a bell
-            await self._return([job])
+        # By now: there was time while it waited for a bell. And one claim takes one job.
+        if not (self._jobs.empty() and is_wanted(job, {**self._absent, **self._wanted})):
+            self._unwanted.put_nowait(job)
             return
         self._held[job.id] = job
         self._jobs.put_nowait(job)
@@ -238,10 +276,11 @@ class RedisClaims(Claims):
     async def _renew(self) -> None:
         if not self._held:
             return
-        arguments = [part for job in self._held.values() for part in (job.id, job.attempt)]
+        asked = dict(self._held)
+        arguments = [part for job in asked.values() for part in (job.id, job.attempt)]
         for job_id in map(bytes.decode, await self._store.run("renew", self.name, *arguments)):
-            if job_id in self._held and job_id not in self._ending:
-                self._dropped.put_nowait(job_id)
+            if self._held.get(job_id) is asked[job_id] and job_id not in self._ending:  # as the same attempt still
+                self._stop(job_id)
 
     async def _beat(self) -> None:
         if self._state is not None:

@@ -221,6 +221,8 @@ class Worker:
             self._outbox.pop(job.id, None)
             if self._held.pop(job.id, None) is not None:
                 self._window.drop(job)
+            if job.id == self._suspect:
+                self._suspect = None
         if jobs:
             self._talk.hand_back([job.id for job in jobs])
 
@@ -365,6 +367,8 @@ class _Talk:
                 while len(self._uncounted) > self._given - what.taken:
                     self._uncounted.popleft()
                 self._changed.set()
+        await claims.hand_back([job.id for job in self._uncounted])
+        await claims.leave()
 
     async def _claim(self, claims: Claims) -> None:
         """Keep one claim standing for the models that have room; each change replaces it. The next one waits for the

@@ -123,6 +123,40 @@ async def test_a_job_that_comes_just_after_its_claim_was_dropped_goes_to_another
             await asyncio.gather(other, return_exceptions=True)
 
 
+async def test_a_job_that_comes_in_the_moment_in_which_its_claim_is_dropped_goes_to_another_worker(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with kind.broker() as broker, workers(kind, broker, "w1", "w2") as [w1, w2]:
+        dropped = asyncio.ensure_future(w1.claims.claim(["m"]))
+        come: asyncio.Queue[Job] = w1.claims._jobs  # type: ignore[attr-defined]
+        put = come.put_nowait
+
+        def put_and_drop(taken: Job) -> None:
+            put(taken)
+            dropped.cancel()
+
+        monkeypatch.setattr(come, "put_nowait", put_and_drop)
+        await asyncio.sleep(0.1)
+        await broker.submit(job("a"))
+        with pytest.raises(asyncio.CancelledError):
+            await dropped
+        taken = await asyncio.wait_for(w2.claims.claim(["m"]), 1)
+        assert (taken.id, taken.attempt, taken.deaths) == ("a", 1, 0)
+
+
+async def test_a_worker_that_leaves_takes_no_job_with_it(kind: Kind) -> None:
+    """What comes while it ends need not wait until its claim has run out."""
+    async with kind.broker(1000) as broker, workers(kind, broker, "stays") as [stays]:
+        for k in range(10):
+            async with workers(kind, broker, f"w{k}") as [w]:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(w.claims.claim(["m"]), 0.05 + 0.01 * k)
+                await asyncio.gather(w.claims.leave(), broker.submit(job(f"j{k}")))
+            assert (await broker.status(f"j{k}")).state == "queued"
+            taken = await claim(stays)
+            assert (taken.id, taken.attempt, taken.deaths) == (f"j{k}", 1, 0)
+
+
 async def test_interactive_jobs_go_first_and_positions_say_so(kind: Kind) -> None:
     async with kind.broker() as broker, workers(kind, broker, "w") as [w]:
         await broker.submit(job("slow", priority="batch"))
@@ -241,6 +275,33 @@ async def test_a_cancelled_job_ends_wherever_it_is(kind: Kind) -> None:
         with pytest.raises(JobLost, match="cancelled"):
             await told(broker, "waits")
         await broker.cancel("runs")
+
+
+@pytest.mark.parametrize("how", ["hands it back", "dies"])
+async def test_a_cancelled_job_is_not_done_again_when_its_worker_leaves_it(kind: Kind, how: str) -> None:
+    async with kind.broker() as broker, workers(kind, broker, "w1", "w2") as [w1, w2]:
+        await broker.submit(job("a"))
+        await claim(w1)
+        await broker.cancel("a")
+        other = asyncio.create_task(claim(w2))
+        await (w1.die() if how == "dies" else w1.claims.hand_back(["a"]))
+        with pytest.raises(JobLost, match="cancelled"):
+            await told(broker, "a")
+        assert not other.done()
+        assert await broker.queued_units() == 0
+        other.cancel()
+
+
+async def test_a_worker_that_goes_on_with_a_cancelled_job_is_told_so_again(kind: Kind) -> None:
+    """It may have heard so before the job had reached it."""
+    async with kind.broker() as broker, workers(kind, broker, "w") as [w]:
+        await broker.submit(job("a"))
+        await claim(w)
+        await broker.cancel("a")
+        cancellations = w.claims.cancellations()
+        assert await asyncio.wait_for(anext(cancellations), 5) == "a"
+        await w.claims.publish("a", [Event(b"half")])
+        assert await asyncio.wait_for(anext(cancellations), 5) == "a"
 
 
 async def test_what_is_told_of_an_ended_job_is_dropped(kind: Kind) -> None:

@@ -14,7 +14,7 @@ from redis import Redis
 from redis_server import RedisServer
 
 from service._redis import Store
-from service.broker import BrokerAway, Event, QueueFull
+from service.broker import MAX_DEATHS, BrokerAway, Event, QueueFull
 from service.broker_redis import RedisBroker
 from service.claims_redis import RedisClaims
 
@@ -97,6 +97,59 @@ async def test_a_worker_that_was_silent_for_too_long_and_comes_back_did_not_die(
         await w.claims.publish("a", [Event(b"done", final=True)])
         assert [event.payload async for event in broker.events("a")] == [b"step"] * steps + [b"done"]
         waiting.cancel()
+
+
+@pytest.mark.parametrize("heard", ["renewing", "publishing"])
+async def test_a_job_that_a_worker_lost_and_is_given_again_is_not_answered_by_its_stopping(
+    kind: Distributed, monkeypatch: pytest.MonkeyPatch, heard: str
+) -> None:
+    """Another had taken it over and handed it back. What is told before it is stopped is of an old attempt."""
+
+    async def never(_: RedisClaims) -> None:
+        return
+
+    renew = RedisClaims._renew
+    monkeypatch.setattr(RedisClaims, "_renew", never)
+    monkeypatch.setattr(RedisClaims, "_take_over", never)
+    async with kind.broker() as broker, workers(kind, broker, "w1", "w2") as [w1, w2]:
+        await broker.submit(job("a"))
+        await claim(w1)
+        assert isinstance(w1.claims, RedisClaims)
+        assert isinstance(w2.claims, RedisClaims)
+        stream, store, name = "{drawwell}:running:m", w2.claims._store, w2.claims.name
+        _, [(entry, fields)], *_ = await store.commands.xautoclaim(stream, "workers", name, 0)
+        given = await store.run("take", stream, entry, fields[b"job"], name, MAX_DEATHS)
+        assert await store.run("hand_back", name, "a", given[1]) == 1
+        if heard == "renewing":
+            await renew(w1.claims)
+        else:
+            await w1.claims.publish("a", [Event(b"half")])
+        assert await asyncio.wait_for(anext(w1.claims.cancellations()), 5) == "a"
+        again = asyncio.create_task(claim(w1))
+        async with asyncio.timeout(5):
+            while (await broker.status("a")).state != "running":
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        assert not again.done()
+        await w1.claims.publish("a", [Event(b"stopped", final=True)])
+        assert (await again).id == "a"
+        await w1.claims.publish("a", [Event(b"answer", final=True)])
+        assert [event.payload async for event in broker.events("a")] == [b"answer"]
+        assert not w1.claims._stopping
+
+
+async def test_a_wait_that_the_server_breaks_off_is_begun_again(kind: Distributed) -> None:
+    """As when it becomes a replica of another, or by an operator's hand."""
+    async with kind.broker() as broker, workers(kind, broker, "w") as [w]:
+        waiting = asyncio.create_task(claim(w))
+        with Redis(port=kind.server.port) as client:
+            async with asyncio.timeout(5):
+                while not [c for c in client.client_list() if c["cmd"] == "blpop" and c["flags"] == "b"]:
+                    await asyncio.sleep(0.01)
+            for one in client.client_list():
+                client.client_unblock(int(one["id"]), error=True)
+        await broker.submit(job("a"))
+        assert (await waiting).id == "a"
 
 
 async def test_a_large_request_that_is_refused_leaves_nothing_behind(kind: Distributed) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 
-from service.broker import NOBODY, Claims, Event, Job, WorkerState
+from service.broker import NOBODY, SUSPECT, Claims, Event, Job, WorkerState
+from service.loader import Found, Gone
 from service.window import AHEAD, Window
-from service.worker import _NewJob, _Talk, _Want
+from service.worker import Worker, _NewJob, _Talk, _Want
 
 
 class Plenty(Claims):
@@ -18,6 +20,8 @@ class Plenty(Claims):
 
     def __init__(self, rows: int) -> None:
         self._rows, self._count = rows, 0
+        self.handed_back: list[str] = []
+        self.left = False
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -37,7 +41,11 @@ class Plenty(Claims):
 
     async def publish(self, job_id: str, events: Sequence[Event]) -> None: ...
 
-    async def hand_back(self, job_ids: Sequence[str]) -> None: ...
+    async def hand_back(self, job_ids: Sequence[str]) -> None:
+        self.handed_back += job_ids
+
+    async def leave(self) -> None:
+        self.left = True
 
 
 @pytest.mark.parametrize(("rows", "first", "then"), [(1, 4, 2), (3, 2, 1), (64, 1, 1)])
@@ -68,6 +76,45 @@ def test_as_many_jobs_come_as_are_free_and_no_more_until_they_are_counted_in(row
         assert come() == 0
     finally:
         talk.stop()
+
+
+def test_jobs_that_reach_a_worker_no_more_are_handed_back_when_it_ends() -> None:
+    inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    claims = Plenty(rows=1)
+
+    async def connect() -> Claims:
+        return claims
+
+    talk = _Talk(connect, inbox)  # type: ignore[arg-type]
+    talk.start()
+    talk.want(_Want(["m"], free={"m": 3}))
+    came = [inbox.get(timeout=5) for _ in range(3)]
+    talk.want(_Want(taken=1))
+    talk.stop()
+    assert claims.handed_back == [one.job.id for one in came[1:] if isinstance(one, _NewJob)] == ["2", "3"]
+    assert claims.left
+
+
+def test_a_worker_whose_suspect_is_for_others_to_do_takes_jobs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that goes from the folder takes with it the job that waited for it."""
+    worker = Worker("w", "cpu", tmp_path)
+    talk = _Talk(lambda: None, worker._inbox)  # type: ignore[arg-type, return-value]
+    handed_back: list[str] = []
+    wants: list[_Want] = []
+    monkeypatch.setattr(talk, "hand_back", handed_back.extend)
+    monkeypatch.setattr(talk, "want", wants.append)
+    worker._talk = talk
+    for name in ("m", "other"):
+        worker._hear(Found(name, "1", 10))
+    worker._take(Job("suspect", "m", b"", 1, 1, deaths=SUSPECT))
+    assert wants[-1] == _Want(taken=1), "it is to run alone"
+    worker._hear(Gone("m"))
+    assert handed_back == ["suspect"]
+    assert wants[-1].absent == ["other"]
+    worker._take(Job("next", "other", b"", 1, 1))
+    assert handed_back == ["suspect"]
 
 
 def test_what_is_free_ends_where_there_is_enough() -> None:
