@@ -31,7 +31,7 @@ from service.broker_local import LocalClaims
 from service.engine import Engine
 from service.execution import Determinism, Favour, Precision, modes_in, precisions_in
 from service.loader import Found, Gone, Loaded, Loader, News, Refused, Scanned
-from service.messages import Failed, Generate, MapImages, Message, ScoreImages, pack, unpack
+from service.messages import Failed, Generate, MapImages, Message, ScoreImages, Started, pack, unpack
 from service.modes import Modes, Renewed, use_cache
 from service.residency import Residency
 from service.settings import Settings
@@ -40,6 +40,7 @@ from service.window import Window
 log = logging.getLogger(__name__)
 
 TELL_EVERY = 1.0  # seconds between announcements of the load, while there is any
+TOLD_WITHIN = 1.0  # seconds that a step waits until it is told what it is about to do
 QUIET = 0.05  # seconds without a command after which the load's end is announced: it would keep the answer waiting
 
 
@@ -92,6 +93,8 @@ class Worker:
         self._taken = 0  # jobs, of all that were claimed
         self._announced = 0.0  # when, on the clock
         self._untold = False  # whether the load is another one since
+        self._heard = threading.Event()  # whether the broker has what was last told before a step
+        self._heard.set()
         self._suspect: str | None = None  # a job that several workers did not survive, and that runs alone
         self._talk: _Talk | None = None
         self._spans = tracing.JobSpans()
@@ -238,6 +241,18 @@ class Worker:
             self._residency.touch(job.model)
             if job_id == self._suspect:
                 self._suspect = None
+        if held is not None and held.attempt > 1 and isinstance(message, Started):
+            self._tell_before_the_step()
+
+    def _tell_before_the_step(self) -> None:
+        """A worker that had this job died, in its first step perhaps. If this one does as well, it is known of what."""
+        assert self._talk is not None
+        behind, self._heard = not self._heard.is_set(), threading.Event()
+        self._talk.publish(self._outbox)
+        self._talk.mark(self._heard)
+        self._outbox = {}
+        if not behind:  # the broker is away: nobody waits for it again and again
+            self._heard.wait(TOLD_WITHIN)
 
     def _flush(self) -> None:
         if self._outbox:
@@ -285,7 +300,7 @@ class _Want:
     taken: int = 0  # jobs that it has counted in so far
 
 
-_Told: TypeAlias = "dict[str, list[Event]] | WorkerState | _Want | _HandBack"
+_Told: TypeAlias = "dict[str, list[Event]] | WorkerState | _Want | _HandBack | threading.Event"
 
 
 class _Talk:
@@ -314,6 +329,10 @@ class _Talk:
 
     def publish(self, outbox: dict[str, list[Event]]) -> None:
         self._soon(outbox)
+
+    def mark(self, heard: threading.Event) -> None:
+        """It is set when all is told that was to be told so far."""
+        self._soon(heard)
 
     def announce(self, state: WorkerState) -> None:
         self._soon(state)
@@ -362,6 +381,8 @@ class _Talk:
                     await claims.publish(job_id, events)
             elif isinstance(what, _HandBack):
                 await claims.hand_back(what.job_ids)
+            elif isinstance(what, threading.Event):
+                what.set()
             else:
                 self._wanted = what
                 while len(self._uncounted) > self._given - what.taken:

@@ -8,9 +8,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from toys import Config, Walk, WalkRows
 
+from models._protocol import ImageSpace
 from service.broker import NOBODY, SUSPECT, Claims, Event, Job, WorkerState
 from service.loader import Found, Gone
+from service.messages import Generate, Message, pack, unpack
 from service.window import AHEAD, Window
 from service.worker import Worker, _NewJob, _Talk, _Want
 
@@ -22,6 +25,7 @@ class Plenty(Claims):
         self._rows, self._count = rows, 0
         self.handed_back: list[str] = []
         self.left = False
+        self.told: list[tuple[str, Message]] = []
 
     async def run(self) -> None:
         await asyncio.Event().wait()
@@ -39,7 +43,8 @@ class Plenty(Claims):
         await asyncio.Event().wait()
         yield ""
 
-    async def publish(self, job_id: str, events: Sequence[Event]) -> None: ...
+    async def publish(self, job_id: str, events: Sequence[Event]) -> None:
+        self.told += [(job_id, unpack(event.payload)) for event in events]
 
     async def hand_back(self, job_ids: Sequence[str]) -> None:
         self.handed_back += job_ids
@@ -115,6 +120,38 @@ def test_a_worker_whose_suspect_is_for_others_to_do_takes_jobs_again(
     assert wants[-1].absent == ["other"]
     worker._take(Job("next", "other", b"", 1, 1))
     assert handed_back == ["suspect"]
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+def test_before_the_first_step_of_a_job_whose_worker_died_it_is_told_that_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: int
+) -> None:
+    """Otherwise one that kills in its first step, or its only one, is never to blame."""
+    claims = Plenty(rows=1)
+    known: list[list[tuple[str, str]]] = []
+
+    async def connect() -> Claims:
+        return claims
+
+    class Deadly(Walk):
+        def step(self, rows: WalkRows) -> WalkRows:
+            known.append([(name, type(message).__name__) for name, message in claims.told])
+            return super().step(rows)
+
+    worker = Worker("w", "cpu", tmp_path)
+    worker._engine.put("m", "1", Deadly(Config(), ImageSpace(width=3, height=2, channels=1)))
+    known.clear()
+    talk = worker._talk = _Talk(connect, worker._inbox)
+    job = Job("a", "m", pack(Generate(n=1, seed=1, steps=2)), 1, 1, attempt=attempt)
+    talk._given = 1
+    talk._uncounted.append(job)
+    talk.start()
+    try:
+        worker._take(job)
+        assert worker._engine.step()
+        assert known[0] == ([("a", "Started")] if attempt > 1 else [])
+    finally:
+        talk.stop()
 
 
 def test_what_is_free_ends_where_there_is_enough() -> None:
