@@ -46,13 +46,18 @@ def text_gan() -> Run:
             text_width=48,
             features=256,
             reconstruction=10.0,
-            critic_from=1 / 3,
+            critic_from=3_500 / 20_500,
+            prior_from=10_500 / 20_500,
         ),
         data="shapes",
-        steps=10_500,
-        restarts=(3_500,),  # where the critic comes
+        steps=20_500,
+        restarts=(3_500, 10_500),  # where the critic comes; where only the prior is learnt
         batch_size=64,
-        optimisers={"critic": AdamW(lr=1e-3, betas=(0.0, 0.99)), "generator": AdamW(lr=1e-3, betas=(0.5, 0.99))},
+        optimisers={
+            "critic": AdamW(lr=1e-3, betas=(0.0, 0.99)),
+            "generator": AdamW(lr=1e-3, betas=(0.5, 0.99)),
+            "prior": AdamW(lr=4e-3, weight_decay=1e-4),
+        },
         clip=None,
         storage="fp16",
         channels_last=True,
