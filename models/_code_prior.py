@@ -56,7 +56,7 @@ class Coupling(nn.Module):
 class CodePrior(nn.Module):
     """p(z | told)."""
 
-    def __init__(self, latent: int, told: int, width: int = 256, couplings: int = 8) -> None:
+    def __init__(self, latent: int, told: int, width: int = 128, couplings: int = 8) -> None:
         super().__init__()
         layers = nn.ModuleList(Coupling(latent, told, width, odd=k % 2 == 1) for k in range(couplings))
         self.couplings: Sequence[Coupling] = layers  # type: ignore[assignment]
