@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import _random
-from models._code_prior import CodePrior
 from models._text import Text, TextAttention, TextEncoder
 
 MEAN_OF = 64  # latent codes that the mean style is taken over
@@ -121,7 +120,6 @@ class StyleGenerator(nn.Module):
     latent, width   numbers of z and of w
     layers          of the mapping network
     told            what embeds the condition: labels by an `nn.Embedding`, ids of captions by a `TextEncoder`
-    prior           whether codes are drawn by a learnt distribution, which z is the noise of (`models._code_prior`)
     noise_shapes    (1, H, W) of what each layer adds, in order
     """
 
@@ -135,16 +133,15 @@ class StyleGenerator(nn.Module):
         width: int,
         layers: int,
         told: nn.Embedding | TextEncoder | None,
-        prior: bool = False,
     ) -> None:
         super().__init__()
         colours, height, wide = shape
         levels = len(channels)
         self.told = told
         text = told.token.embedding_dim if isinstance(told, TextEncoder) else 0
-        known = text or (told.embedding_dim if isinstance(told, nn.Embedding) else 0)
-        self.mapping = Mapping(latent, known, width, layers)
-        self.prior = CodePrior(latent, known) if prior else None
+        self.mapping = Mapping(
+            latent, text or (told.embedding_dim if isinstance(told, nn.Embedding) else 0), width, layers
+        )
         self.start = nn.Parameter(torch.randn(1, channels[-1], height >> (levels - 1), wide >> (levels - 1)))
         # Styles scale channels, which says little of what lies where: the layout of a described scene is a map.
         self.layout = nn.Linear(width, self.start.numel()) if text else None
@@ -170,18 +167,11 @@ class StyleGenerator(nn.Module):
         self.register_buffer("centres", centres, persistent=False)
 
     def forward(
-        self,
-        z: Tensor,
-        condition: Tensor,
-        noise: Sequence[Tensor],
-        temperature: Tensor | None = None,
-        coded: bool = False,
+        self, z: Tensor, condition: Tensor, noise: Sequence[Tensor], temperature: Tensor | None = None
     ) -> Tensor:
         """z (B, latent), condition labels (B,) or ids (B, L), noise by `noise_shapes` (B, 1, H, W) each, temperature
-        (B,), which truncates styles -> (B, C, H, W). coded: z are codes, not the noise of the prior's."""
+        (B,), which truncates styles -> (B, C, H, W)."""
         vector, text = self._look_up(condition, z)
-        if self.prior is not None and not coded:
-            z = self.prior(z, vector)
         w = self.mapping(z, vector)
         if temperature is not None:
             psi = temperature[:, None]
@@ -207,19 +197,8 @@ class StyleGenerator(nn.Module):
 
     def _mean_style(self, vector: Tensor) -> Tensor:
         b, k = len(vector), len(self.centres)
-        z, known = self.centres.expand(b, -1, -1), vector[:, None].expand(-1, k, -1)
-        if self.prior is not None:
-            z = self.prior(z.flatten(0, 1), known.flatten(0, 1)).unflatten(0, (b, k))
-        each: Tensor = self.mapping(z, known)
+        each: Tensor = self.mapping(self.centres.expand(b, -1, -1), vector[:, None].expand(-1, k, -1))
         return each.mean(dim=1)
-
-    def surprise(self, z: Tensor, condition: Tensor) -> Tensor:
-        """(B,) −log p(z | condition) of codes z by the prior, in nats."""
-        if self.prior is None:
-            raise ValueError("prior: False; codes are standard normal")
-        with torch.no_grad():
-            vector, _ = self._look_up(condition, z)
-        return -self.prior.log_prob(z, vector)
 
     def _look_up(self, condition: Tensor, z: Tensor) -> tuple[Tensor, Text | None]:
         """What the mapping is told (B, ·), and the caption's words where there is one."""

@@ -25,10 +25,6 @@ where things lie and y what they are:
 
     −log p(x|z, y) + KL(q(z|x) | p(z)),  p = N(x; G(z, y), σ²),  in nats per number of the image
 
-Codes of images are not quite standard normal, least of all those of one caption, and from where there are none the
-generator draws what is none. So from `prior_from` all but p(z|y) stands still, and that is learnt from the codes of
-training images, by maximum likelihood of a flow (`models._code_prior`).
-
 What differs from the papers: layer norm where they have batch norm, so an image never depends on its batch mates; the
 penalty is taken every `penalty_every` steps at so many times its weight (arXiv 1912.04958, section 3.1), so the paper's
 WGAN-GP has `penalty_every = 1`.
@@ -104,7 +100,6 @@ class Config:
     # For any condition.
     reconstruction: float = 0.0  # weight of drawing training images anew; 0: no encoder
     critic_from: float = 0.0  # part of the training that is drawing anew alone, before there is a critic
-    prior_from: float = 1.0  # part after which only p(z|y) is learnt, as a flow; 1: z is standard normal
 
     def check(self, space: ImageSpace) -> None:
         """Raises `ValueError` naming the field, its value and what would be right."""
@@ -125,10 +120,6 @@ class Config:
             raise ValueError(f"critic_from: {self.critic_from} is not in [0, 1)")
         if self.critic_from and not self.reconstruction:
             raise ValueError(f"critic_from: {self.critic_from}; 0, as without reconstruction only a critic teaches")
-        if not self.critic_from < self.prior_from <= 1:
-            raise ValueError(f"prior_from: {self.prior_from}; above critic_from, {self.critic_from}, and at most 1")
-        if self.prior_from < 1 and (not self.reconstruction or self.generator != "style"):
-            raise ValueError(f"prior_from: {self.prior_from}; 1 without reconstruction and a style generator")
         if self.reconstruction and min(space.height, space.width) < COARSE:
             raise ValueError(
                 f"reconstruction: {self.reconstruction}; images of {space.width}×{space.height} are too small to be "
@@ -294,22 +285,12 @@ class Model(_protocol.Model):
             self.captions.learn(caption for batch in batches for caption in batch.captions)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        prior = [p for name, p in self.generator.named_parameters() if name.startswith("prior.")]
-        generator = [p for name, p in self.generator.named_parameters() if not name.startswith("prior.")]
-        generator += self.encoder.parameters() if self.encoder is not None else ()
-        groups = {"critic": list(self.critic.parameters()), "generator": generator}
-        return groups | ({"prior": prior} if prior else {})
+        generator = [*self.generator.parameters(), *(self.encoder.parameters() if self.encoder is not None else ())]
+        return {"critic": list(self.critic.parameters()), "generator": generator}
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
         """`n_critic` critic losses, each on its part of the batch, then the generator's under the updated critic."""
         asked = self._asked(batch)
-        if self.config.prior_from < 1 and batch.step >= int(self.config.prior_from * batch.steps):
-            assert isinstance(self.generator, StyleGenerator)
-            with torch.no_grad():
-                z, _ = self._codes(2 * batch.x - 1, len(batch.x))
-            surprise = self.generator.surprise(z, asked).mean()
-            yield "prior", surprise / self.config.latent, {"prior": surprise.detach()}
-            return
         if batch.step < int(self.config.critic_from * batch.steps):
             real = 2 * batch.x - 1
             z, kl = self._codes(real, len(real))
@@ -404,8 +385,7 @@ class Model(_protocol.Model):
         if self.spec.image.classes:
             condition = torch.where(condition < 0, torch.randint_like(condition, self.spec.image.classes), condition)
         noise = [torch.randn(b, *shape, device=device) for shape in self.generator.noise_shapes]
-        coded = {"coded": True} if isinstance(self.generator, StyleGenerator) else {}
-        images: Tensor = self.generator(z, condition, noise, **coded)
+        images: Tensor = self.generator(z, condition, noise)
         return images
 
     # Sampling
@@ -456,8 +436,7 @@ def _generator(config: Config, space: ImageSpace) -> ResidualGenerator | StyleGe
         told = _text_encoder(config)
     elif space.classes:
         told = nn.Embedding(space.classes, config.embedding)
-    prior = config.prior_from < 1
-    return StyleGenerator(space.shape, channels, latent, latent, config.mapping_layers, told, prior)
+    return StyleGenerator(space.shape, channels, latent, latent, config.mapping_layers, told)
 
 
 def _text_encoder(config: Config) -> TextEncoder:

@@ -17,7 +17,6 @@ from models import _checkpoint, _rows, gan
 from models._adversarial import CriticFunction, gradient_norm_squared
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
 from models._residual import SelfAttention
-from models._style import StyleGenerator
 
 SPACE = ImageSpace(8, 8, 1, ("ankle boot", "bag", "coat"))
 TINY = gan.Config(latent=6, embedding=4, generator_channels=(8, 12), critic_channels=(8, 12), blocks=(0, 1))
@@ -498,47 +497,6 @@ def test_drawn_anew_things_lie_where_they_lay() -> None:
     assert (brightness.argmax(dim=1) == quarter).float().mean() > 0.9
 
 
-PRIOR = dataclasses.replace(TINY, generator="style", reconstruction=1.0, critic_from=0.2, prior_from=0.6)
-
-
-def test_in_the_end_only_the_distribution_of_codes_is_learnt() -> None:
-    m, b = model(PRIOR), batch(n=6)
-    groups = m.groups()
-    ids = {name: {id(p) for p in group} for name, group in groups.items()}
-    assert ids["prior"]
-    assert not ids["prior"] & (ids["generator"] | ids["critic"])
-    assert sum(map(len, ids.values())) == len(list(m.parameters()))
-    for step, expected in ((1, ["generator"]), (2, ["critic", "generator"]), (6, ["prior"])):
-        turns = list(m.objective(dataclasses.replace(b, step=step, steps=10)))
-        assert [group for group, *_ in turns] == expected
-    (_, loss, metrics) = turns[0]
-    others = [p for name, group in groups.items() if name != "prior" for p in group]
-    assert all(g is None for g in torch.autograd.grad(loss, others, allow_unused=True, retain_graph=True))
-    assert any(g.abs().max() > 0 for g in torch.autograd.grad(loss, groups["prior"]))
-    assert metrics["prior"].item() == pytest.approx(loss.item() * PRIOR.latent, rel=1e-5)
-
-
-def test_codes_are_drawn_by_what_was_learnt_of_them() -> None:
-    """A prior that has learnt another mean draws other images, which are those of the codes that it says."""
-    m = model(PRIOR).eval()
-    asked = [Draw(seed=3, sample=i, steps=1, label=i) for i in range(3)]
-    before = draw(m, *asked)
-    assert isinstance(m.generator, StyleGenerator)
-    prior = m.generator.prior
-    assert prior is not None
-    with torch.no_grad():
-        for coupling in prior.couplings:
-            coupling.layers[-1].bias.add_(0.2)  # type: ignore[operator, union-attr]
-    after = draw(m, *asked)
-    assert (after - before).abs().max() > 1e-3
-    rows = m.init(asked)
-    noise = [torch.zeros(3, *shape) for shape in m.generator.noise_shapes]
-    told, _ = m.generator._look_up(rows.condition, rows.z)
-    by_noise = m.generator(rows.z, rows.condition, noise)
-    by_code = m.generator(prior(rows.z, told), rows.condition, noise, coded=True)
-    torch.testing.assert_close(by_noise, by_code)
-
-
 # -------------------------------------------------------------------------------------------------------------- config
 
 
@@ -566,8 +524,6 @@ def test_codes_are_drawn_by_what_was_learnt_of_them() -> None:
         ({"reconstruction": -1.0}, "reconstruction"),
         ({"reconstruction": 1.0, "critic_from": 1.0}, "critic_from"),
         ({"critic_from": 0.5}, "critic_from"),
-        ({"prior_from": 0.5}, "prior_from"),
-        ({"generator": "style", "reconstruction": 1.0, "critic_from": 0.5, "prior_from": 0.5}, "prior_from"),
         ({"generator_channels": (4,) * 5, "critic_channels": (4,) * 5, "blocks": (0,) * 5}, "generator_channels"),
     ],
 )

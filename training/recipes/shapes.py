@@ -28,10 +28,13 @@ def dalle() -> Run:
 
 
 def text_gan() -> Run:
-    """Text to image in one pass: style generator that looks at the caption's words, hinge loss with lazy R1 and a
-    matching-aware, contrastive critic: about two CPU hours of one thread, as its first steps tell.
+    """Text to image in one pass: a style generator that looks at the caption's words, taught first by drawing pictures
+    anew from their layouts, then by a matching-aware, contrastive critic too (hinge, lazy R1): 85 CPU minutes of one
+    thread.
 
-    What it reaches was not measured yet.
+    Of 1,000 samples for held-out captions 36 % have arrangement, counts, colours and shapes all right: counts 66 %,
+    shapes 51 %, colours 70 %. Drawn anew from the codes of held-out pictures, 87 % of 256 have, so what falls short is
+    less the drawing than where codes are drawn from: layouts of one caption are not standard normal.
     """
     return Run(
         family="gan",
@@ -46,18 +49,13 @@ def text_gan() -> Run:
             text_width=48,
             features=256,
             reconstruction=10.0,
-            critic_from=3_500 / 20_500,
-            prior_from=10_500 / 20_500,
+            critic_from=1 / 3,
         ),
         data="shapes",
-        steps=20_500,
-        restarts=(3_500, 10_500),  # where the critic comes; where only the prior is learnt
+        steps=10_500,
+        restarts=(3_500,),  # where the critic comes
         batch_size=64,
-        optimisers={
-            "critic": AdamW(lr=1e-3, betas=(0.0, 0.99)),
-            "generator": AdamW(lr=1e-3, betas=(0.5, 0.99)),
-            "prior": AdamW(lr=4e-3, weight_decay=1e-4),
-        },
+        optimisers={"critic": AdamW(lr=1e-3, betas=(0.0, 0.99)), "generator": AdamW(lr=1e-3, betas=(0.5, 0.99))},
         clip=None,
         storage="fp16",
         channels_last=True,
