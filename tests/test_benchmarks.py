@@ -472,7 +472,7 @@ def test_some_run_at_their_smallest_size(tmp_path: Path) -> None:
     write(zoo, "fashion-mnist-ddpm", "ddpm", DDPM)
     write(zoo, "fashion-mnist-gan", "gan", GAN)
     write(zoo, "fashion-mnist-pixelcnn", "pixelcnn", PIXELCNN)
-    write(zoo, "fashion-mnist-realnvp", "realnvp", {"couplings": (2, 2), "widths": (8, 8)})
+    write(zoo, "fashion-mnist-glow", "glow", {"couplings": (2, 2), "widths": (8, 8), "maps": 2})
     names = ["cache", "overhead", "scoring"]
     command = [sys.executable, "-m", "benchmarks", *names, "--minutes", "0"]
     command += ["--models", str(zoo), "--results", str(tmp_path / "results")]
