@@ -21,7 +21,7 @@ A critic teaches a generator slowly what one pair of image and caption shows at 
 the codes z come from training images, by an encoder that is learnt beside, and the generator is also to draw those
 images anew: a conditional VAE whose decoder is the generator (VAE-GAN, 1512.09300, §2.3; with drawn codes as well, as
 in 1711.11586, §3.3); and at first, up to `critic_from`, that alone. The encoder sees a coarse grey picture, so z tells
-where things lie and y what they are:
+where things lie, and mostly y what they are:
 
     −log p(x|z, y) + KL(q(z|x) | p(z)),  p = N(x; G(z, y), σ²),  in nats per number of the image
 
@@ -229,7 +229,8 @@ class Critic(nn.Module):
 class Encoder(nn.Module):
     """Where things lie: (B, C, H, W) in [−1, 1] -> q(z|x), of (B, latent).
 
-    It sees a grey picture, `COARSE` times smaller: too little to tell it what a label or a caption says.
+    It sees a grey picture, `COARSE` times smaller, and so little of what a label or a caption says: no hue and no
+    outline, but how large, how many and how bright things are.
     """
 
     def __init__(self, space: ImageSpace, latent: int) -> None:

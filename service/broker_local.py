@@ -334,9 +334,8 @@ class LocalClaims(Claims):
         self._reader, self._writer = reader, writer
         self._jobs: asyncio.Queue[Job] = asyncio.Queue()
         self._cancelled: asyncio.Queue[str] = asyncio.Queue()
-        self._wanted: dict[
-            str, Sequence[str]
-        ] = {}  # by the claim that stands: model -> tenants of whom there is enough
+        # By the claim that stands: model -> tenants of whom there is enough.
+        self._wanted: dict[str, Sequence[str]] = {}
 
     @classmethod
     async def connect(cls, fd: int) -> LocalClaims:
