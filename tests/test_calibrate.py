@@ -111,6 +111,18 @@ def test_too_few_images_and_copies_are_told_before_any_work(
     assert made.n == made.about["fit_n"] == 65, "copies stand on neither side"
 
 
+def test_where_images_are_dear_the_first_of_both_splits_do(zoo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", str(zoo / "gaussian"), "--images", "60"]) == 0
+    made = unpack(_checkpoint.read_file(zoo / "gaussian", "calibration.safetensors"))
+    assert made.n == made.about["fit_n"] == 60
+    x = data.load("digits").splits["calibration"].x[:60]
+    np.testing.assert_allclose(
+        made.scores, np.sort(made.score(calibrate.described(_checkpoint.load(zoo / "gaussian"), x)))
+    )
+    assert main(["calibrate", str(zoo / "gaussian"), "--images", "49"]) == 2
+    assert "images: 49; a calibration takes at least 50, and as many to fit on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("broken", [b"", b"[]", b'{"format": 2}', b'{"format": 1, "members": [{}], "files": {}}'])
 def test_what_is_no_ensemble_file_is_refused(broken: bytes) -> None:
     with pytest.raises(ensembles.CalibrationError, match=r"ensemble\.json"):

@@ -244,6 +244,25 @@ def test_false_alarms_may_be_counted_among_more_normal_images_than_anomalies_are
     assert many["command"].endswith("--images 20 --normal 60")
 
 
+def test_what_a_model_makes_of_the_class_that_it_was_trained_without_stands_in_a_table_of_its_own(zoo: Path) -> None:
+    less = data.load("digits-without:0")
+    _checkpoint.save(zoo / "less", Two(Config(), less.space), Config(), {"data": less.description, "metrics": {}})
+    calibrate.run([zoo / "less"], None, None, Console(file=io.StringIO()))
+    assert evaluated(zoo, "one", "less", images=20) == 0
+    results = json.loads((zoo / "page.json").read_text(encoding="utf-8"))
+    assert results.keys() == {"digits", less.name}
+    found = results[less.name]["scorers"]["less"]["rows"]
+    odd = "held-out class: 0"
+    assert found[CALIBRATED][odd]["n"] == 20
+    assert odd not in results["digits"]["scorers"]["one"]["rows"][CALIBRATED]
+    whole, _, apart = (zoo / "page.md").read_text(encoding="utf-8").partition("## A class held out of training\n")
+    assert "## Normal: digits\n" in whole
+    assert less.name not in whole
+    assert (
+        f"| digits, 0 | less | {found[CALIBRATED][odd]['auroc']:.3f} | {found[ONE_SIDED][odd]['auroc']:.3f} |" in apart
+    )
+
+
 def test_an_ensemble_of_other_weights_is_refused(zoo: Path) -> None:
     about = json.loads((zoo / "two" / "model.json").read_text(encoding="utf-8"))
     about["files"]["weights.safetensors"] = "0" * 64

@@ -13,11 +13,13 @@ from anomaly import calibration as calibrations
 from anomaly import conformal
 from models import _checkpoint
 from training import anomaly_page, scored
+from training import data as datasets
 from training.data import Dataset
 
 ZOO = Path(__file__).parents[1] / "zoo"
 FOLDERS = sorted(p.parent for p in ZOO.glob("*/model.json"))
 checkpoints = pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
+FEWER = {"fashion-mnist-flow-matching": 300, "fashion-mnist-score-sde": 300}  # images where one takes seconds
 UNLIKELY = 0.0005  # on each side: some of many checkpoints would leave an interval of 95 % by chance
 
 
@@ -40,8 +42,9 @@ def test_a_calibration_is_of_the_weights_beside_it(folder: Path) -> None:
     about = _checkpoint.read_about(folder)
     assert found.about["weights_sha256"] == about["files"]["weights.safetensors"]
     assert found.about["data"] == {"name": about["data"]["name"], "sha256": about["data"]["sha256"]}
-    assert found.n == about["data"]["splits"]["calibration"]
-    assert found.about["fit_n"] == about["data"]["splits"]["fit"]
+    assert found.n == FEWER.get(folder.name, about["data"]["splits"]["calibration"])
+    assert found.about["fit_n"] == FEWER.get(folder.name, about["data"]["splits"]["fit"])
+    assert conformal.rank(found.n, 0.01) > 0, "too few for the alpha that a server asks for by default"
     assert (np.diff(found.scores) >= 0).all()
     assert np.isfinite(found.scores).all()
 
@@ -66,19 +69,20 @@ def test_false_alarms_among_held_out_images_are_as_many_as_the_beta_law_allows(
 def table() -> list[Any]:
     results = anomaly_page.read(anomaly_page.PAGE)
     return [
-        pytest.param(name, measured, id=name)
-        for entry in results.values()
+        pytest.param(name, data, measured, id=f"{name}, {data}")
+        for data, entry in results.items()
         for name, measured in entry["scorers"].items()
     ]
 
 
-@pytest.mark.parametrize(("name", "measured"), table())
+@pytest.mark.parametrize(("name", "data", "measured"), table())
 def test_the_table_is_of_the_calibrations_that_ship_and_its_false_alarms_keep_to_the_law(
-    name: str, measured: dict[str, Any]
+    name: str, data: str, measured: dict[str, Any]
 ) -> None:
-    path = ZOO / name / calibrations.FILE
-    assert path.is_file(), "measured once, and gone: run the evaluation again, or take it out of the table"
-    assert calibrations.unpack(path.read_bytes()).sha256 == measured["calibration_sha256"]
+    if datasets.without(data)[1] is None:  # models that lack a class are trained to be measured, and do not ship
+        path = ZOO / name / calibrations.FILE
+        assert path.is_file(), "measured once, and gone: run the evaluation again, or take it out of the table"
+        assert calibrations.unpack(path.read_bytes()).sha256 == measured["calibration_sha256"]
     n = measured["calibration_n"]
     for alarm in measured["false_alarms"]:
         alpha, confidence = alarm["alpha"], alarm["confidence"]

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "calibrate":
             from training import calibrate
 
-            calibrate.run(args.checkpoints, args.data, args.data_dir, console, args.out, args.work)
+            calibrate.run(args.checkpoints, args.data, args.data_dir, console, args.out, args.work, args.images)
         elif args.command == "export":
             _export(args.checkpoint, console)
         elif args.command == "compare":
@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         help="normal images, such as folder:PATH or npz:FILE (default: the model's own data, what it kept apart)",
     )
     calibrate.add_argument("--data-dir", type=Path, help="as for run")
+    calibrate.add_argument(
+        "--images", type=_positive, help="calibrate on so many images, and fit on as many, where an image takes seconds"
+    )
     calibrate.add_argument(
         "--work", type=Path, help="folder to keep what models say of the images, to go on from (default: none)"
     )

@@ -44,10 +44,15 @@ class Odd:
     masks: Masks | None = None  # where only a part of each image is anomalous: which pixels
 
 
+def held_out(label: str) -> str:
+    """What the images of a class are called that a model was trained without."""
+    return f"held-out class: {label}"
+
+
 def sets(dataset: Dataset, n: int, folder: Path | None = None) -> Iterator[Odd]:
     """The sets that there are for a data set, of n images each or as many as there are. folder: as for `data.load`."""
     normal = dataset.splits["test"].x
-    base, held_out = data.without(dataset.name)
+    base, left_out = data.without(dataset.name)
     if base in OTHER:
         title, other = OTHER[base]
         yield Odd(title, data.load(other, folder).splits["test"].x[:n])
@@ -55,8 +60,8 @@ def sets(dataset: Dataset, n: int, folder: Path | None = None) -> Iterator[Odd]:
         chosen = normal[:n]
         yield Odd(name, np.stack([change(image, chance(name, i)) for i, image in enumerate(chosen)]))
     yield swapped(normal, n)
-    if held_out is not None:
-        yield Odd(f"held-out class: {held_out}", data.of_class(base, held_out, folder).splits["test"].x[:n])
+    if left_out is not None:
+        yield Odd(held_out(left_out), data.of_class(base, left_out, folder).splits["test"].x[:n])
     if dataset.name == "shapes":
         for kind in get_args(shapes.Anomaly):
             yield drawn(kind, n)

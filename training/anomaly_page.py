@@ -1,7 +1,7 @@
 """The page of what detectors were measured to do: results as JSON, merged by checkpoint, and tables made from them.
 
 docs/anomalies.json     {data set: {"compressed size": …, "scorers": {checkpoint: what `detect.measured` gives}}}
-docs/anomalies.md       tables, between markers
+docs/anomalies.md       tables, between markers: a section for each data set, one for all that a class is left out of
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from models._checkpoint import write_file
+from training import anomalies
+from training import data as datasets
 from training.compare import ROOT, between_markers
 from training.detect import CALIBRATED, COMPRESSED, ENSEMBLE, ONE_SIDED, TWO_SIDED, TYPICALITY
 from training.errors import RunError
@@ -60,7 +62,8 @@ def picture_path(page: Path, kind: str, scorer: str) -> Path:
 
 
 def _sections(results: Results, page: Path) -> Iterable[str]:
-    for data, entry in sorted(results.items()):
+    whole = {data: entry for data, entry in results.items() if datasets.without(data)[1] is None}
+    for data, entry in sorted(whole.items()):
         scorers = dict(sorted(entry["scorers"].items(), key=lambda item: (item[1]["family"] == ENSEMBLE, item[0])))
         short = {name: name.removeprefix(f"{data}-") for name in scorers}
         sets = list(dict.fromkeys(name for s in scorers.values() for name in s["rows"][CALIBRATED]))
@@ -83,6 +86,48 @@ def _sections(results: Results, page: Path) -> Iterable[str]:
             yield "### Heat maps: AUROC of pixels, of all images together (mean over images) (higher is better)\n"
             yield from _pixels(scorers, short)
         yield from _pictures(scorers, short, page)
+    if apart := {data: entry for data, entry in results.items() if data not in whole}:
+        yield "## A class held out of training\n"
+        yield from _held_out(apart)
+
+
+def _held_out(results: Results) -> Iterable[str]:
+    """What models that were trained without a class make of it. Of the other sets they say what those of the whole data
+    set say, so that they stand in the JSON alone."""
+    rows = []
+    for data, entry in sorted(results.items()):
+        base, label = datasets.without(data)
+        assert label is not None, "data sets with a class left out are called so"
+        name = anomalies.held_out(label)
+        for scorer, s in sorted(entry["scorers"].items()):
+            cells = [s["rows"].get(kind, {}).get(name) for kind in (CALIBRATED, ONE_SIDED, TWO_SIDED)]
+            alarms = {alarm["alpha"]: alarm for alarm in s["false_alarms"] if alarm["confidence"] is None}
+            rows.append(
+                [
+                    f"{base}, {label}",
+                    scorer,
+                    *(NOTHING if cell is None else f"{cell['auroc']:.3f}" for cell in cells),
+                    f"{entry[COMPRESSED][name]['auroc']:.3f}",
+                    *_found(s, [name], "0.01"),
+                    *(f"{alarms[alpha]['rate']:.4f}" if alpha in alarms else NOTHING for alpha in (0.01, 0.05)),
+                    f"{s['rows'][CALIBRATED][name]['n']:,} : {s['images']:,}",
+                    f"`{s['command']}`",
+                ]
+            )
+    head = [
+        "class left out",
+        "model",
+        f"**{CALIBRATED}**: AUROC",
+        ONE_SIDED,
+        TWO_SIDED,
+        COMPRESSED,
+        "found at α = 0.01",
+        "false alarms at α = 0.01",
+        "at α = 0.05",
+        "of the class : normal images",
+        "command",
+    ]
+    return _table(head, rows)
 
 
 def _what(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[str]:

@@ -37,10 +37,14 @@ def run(
     console: Console,
     out: Path | None = None,
     work: Path | None = None,
+    images: int | None = None,
 ) -> Calibration:
     """Calibrate on the (first) checkpoint's own data set, or on `data`. Of one checkpoint the calibration.safetensors
     goes into its folder; of several, an ensemble, into the folder `out` with an ensemble.json. In the folder `work` it
     is kept what each model has said of the images, to go on from there, and for an ensemble of the same models.
+
+    images: to calibrate on, and as many to fit on: the first of them, which are any, as splits stand in the order of
+    their hashes. For families that take seconds an image; all where it is None.
 
     Raises `CheckpointError`, `DataError`, and `CalibrationError` for too few images or a model without a density.
     """
@@ -53,6 +57,8 @@ def run(
     own_data = dataset.digest in [seen.get("sha256") for seen in own]
     fit, held_out = parts(dataset, trained_on=own_data)
     _check_count(dataset, len(fit) + len(held_out), own_data, console)
+    if images is not None:
+        fit, held_out = (_first(split, images) for split in (fit, held_out))
     console.print(f"scoring {len(fit):,} + {len(held_out):,} images of {dataset.name}", highlight=False)
     members = [
         Member(folder.resolve().name, about["files"][_checkpoint.WEIGHTS])
@@ -106,6 +112,13 @@ def _check_count(dataset: Dataset, n: int, own_data: bool, console: Console) -> 
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     if n < (least := needed(1)):
         raise CalibrationError(f"{dataset.name}: {n:,} distinct images; a calibration takes at least {least}")
+
+
+def _first(split: Split, images: int) -> Split:
+    """Raises `CalibrationError` for too few images."""
+    if 2 * images < (least := needed(1)):
+        raise CalibrationError(f"images: {images}; a calibration takes at least {least // 2}, and as many to fit on")
+    return split.take(np.arange(min(images, len(split))))
 
 
 def _density(folder: Path, device: torch.device, dataset: Dataset) -> Model:
