@@ -60,9 +60,9 @@ class Once:
         return news
 
 
-async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tuple[Told, int]]:
-    """Submit a job, and tell where it stands in the queue and then its messages, the last of which is `Completed`; each
-    with the number of its event, 0 where it has none.
+async def follow(broker: Broker, job: Job, watch: JobWatch, waits: bool = True) -> AsyncGenerator[tuple[Told, int]]:
+    """Submit a job, and tell where it stands in the queue (if the listener `waits` for that) and then its messages, the
+    last of which is `Completed`; each with the number of its event, 0 where it has none.
 
     Raises what `Broker.submit` does before it tells anything, and a `Problem` for a job that failed. Whoever stops
     listening before the end (closes this, or is cancelled) cancels the job.
@@ -70,7 +70,7 @@ async def follow(broker: Broker, job: Job, watch: JobWatch) -> AsyncGenerator[tu
     ended, began = False, asyncio.get_running_loop().time()
     try:
         await broker.submit(job)
-        async with aclosing(attend(broker, job, watch=watch)) as told:
+        async with aclosing(attend(broker, job, watch=watch, waits=waits)) as told:
             async for message, number in told:
                 ended = isinstance(message, Completed)
                 yield message, number
@@ -89,14 +89,15 @@ async def attend(
     broker: Broker, job: Job, after: int = 0, watch: JobWatch | None = None, waits: bool = True
 ) -> AsyncGenerator[tuple[Told, int]]:
     """What a job that was submitted tells, from event number after + 1 on, to its end; a broker that is away is waited
-    for. waits: begin with its place in the queue, which who goes on reading has left behind. Raises a `Problem` for a
-    job that failed."""
+    for. waits: also its place in the queue, which who goes on reading has left behind, and of which who takes the
+    answer as a whole never hears. Raises a `Problem` for a job that failed."""
     once, waiting = Once(), waits
     try:
-        place = await _place(broker, job)
-        if waits and place is not None:
+        place = await _place(broker, job) if waits else None
+        if place is not None:
             yield place, 0
-        async with aclosing(pausing(_events(broker, job.id), _POSITION_SECONDS)) as events:
+        told = _events(broker, job.id)
+        async with aclosing(pausing(told, _POSITION_SECONDS) if waits else told) as events:
             async for event in events:
                 if event is None:
                     now = await _place(broker, job) if waiting else None

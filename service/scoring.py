@@ -81,7 +81,7 @@ async def ask(
     for job in jobs:
         await admit(job)
     waiting = [
-        asyncio.ensure_future(outcome(follow(broker, job, metrics.job(job.model, job.kind)), how.deadline))
+        asyncio.ensure_future(outcome(follow(broker, job, metrics.job(job.model, job.kind), waits=False), how.deadline))
         for job in jobs
     ]
     try:

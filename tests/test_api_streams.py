@@ -61,6 +61,18 @@ async def test_the_events_are_exactly_those_of_the_contract(api: Api, more: Any,
     assert completed == ("completed", whole | {"id": completed[1]["id"]})
 
 
+@pytest.mark.parametrize("headers", [{}, {"Accept": "image/png"}, {"Idempotency-Key": "a"}])
+async def test_who_takes_the_answer_as_a_whole_costs_no_look_at_the_queue(api: Api, headers: Any) -> None:
+    api.broker.places = [2, 1, 0]
+    assert (await api.post("/generate", {"model": "gan"}, headers=headers)).status_code == 200
+    assert (
+        await api.post("/score", {"model": "density", "images": [b64(file_of(picture(1, 0, (3, 4, 5))))]})
+    ).is_success
+    assert api.broker.places == [2, 1, 0]
+    await api.post("/generate", {"model": "gan"}, headers=STREAM)
+    assert api.broker.places == [1, 0]
+
+
 async def test_previews_come_with_progress_null_for_an_image_that_has_not_begun(api: Api) -> None:
     shown = picture(1, 1, (1, 4, 5))
     api.broker.answer = after(Event(tell(Progress(5, 20, 1.5, (None, shown)))[0].payload), *at_once_tail())

@@ -72,20 +72,21 @@ async def generate(request: Request, services: Served) -> Response:
         raise errors.Invalid(Fault(("body", "format"), f"Accept: {_PNG} gives png alone", body.format))
     later = _prefers_async(request)
     deadline = asyncio.get_running_loop().time() + (body.timeout or services.settings.request_timeout)
-    drawing, job = await _resolve(body, services, request, streamed=later or answer == sse.MEDIA_TYPE)
+    streamed = answer == sse.MEDIA_TYPE
+    drawing, job = await _resolve(body, services, request, streamed=later or streamed)
     watch = services.metrics.job(job.model, "draw")
     if later or job.key is not None:  # it may be that an earlier request's job stands for this one
         job_id = await services.broker.submit(job)
         job = (await services.broker.status(job_id)).job
         drawing = Drawing.unpack(job.about)
-        told_of = attend(services.broker, job, watch=watch)
+        told_of = attend(services.broker, job, watch=watch, waits=streamed)
     else:
-        told_of = follow(services.broker, job, watch)
+        told_of = follow(services.broker, job, watch, waits=streamed)
     if later:
         accepted = JobResponse(id=job_id, model=job.model, status="queued")
         headers = {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"}
         return Response(accepted.model_dump_json(), 202, headers, JSON)
-    if answer == sse.MEDIA_TYPE:
+    if streamed:
         return await _stream(drawing.events(told_of), deadline, services)
     told = await unless_hung_up(request.receive, outcome(told_of, deadline))
     if answer == _PNG:
