@@ -20,7 +20,7 @@ from redis.asyncio import BlockingConnectionPool, Redis, Sentinel
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelManagedConnection, SentinelManagedSSLConnection
-from redis.backoff import ExponentialWithJitterBackoff
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import (
     BusyLoadingError,
     ClusterDownError,
@@ -34,8 +34,8 @@ from redis.exceptions import (
     TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from service._wires import ANSWER_SECONDS, AWAY, Channels, Command, Wires, check_cancelled
 from service.broker import BrokerAway, JobLost
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,8 @@ T = TypeVar("T")
 PREFIX = "{drawwell}:"
 DIRECT, SENTINEL = ("redis", "rediss"), ("redis+sentinel", "rediss+sentinel")
 INLINE = 64 * 1024  # bytes of a payload that travels in a stream itself
-ANSWER_SECONDS = 0.8  # that a command may take; with one more try, an API knows within two seconds that Redis is away
+WIRES = 32  # scripts of this process that run at a time
 BLOCK_SECONDS = 0.25  # that a worker's look for jobs waits for one, before it asks what is wanted by now
-AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
 
 _SCRIPTS = ("submit", "claim", "take", "publish", "cancel", "renew", "hand_back", "reap")
 _FOLDER = Path(__file__).with_name("lua")
@@ -135,20 +134,20 @@ class Store:
     """Connections to one Redis, and the scripts. Every command that does not wait for news answers soon or raises."""
 
     def __init__(self, url: str) -> None:
-        retry = Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.2), 1)
-        options: dict[str, Any] = {
+        options: dict[str, Any] = {"socket_connect_timeout": ANSWER_SECONDS, "protocol": 2}
+        careful = {
             "socket_timeout": ANSWER_SECONDS,
-            "socket_connect_timeout": ANSWER_SECONDS,
             "health_check_interval": 15,
-            "retry": retry,
-            "protocol": 2,
+            "retry": Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.2), 1),
         }
         self._sentinels: list[Any] = []  # clients of them, to be closed as well
         # What a reply is, redis-py's types leave open.
-        self.commands: Any = self._client(url, {**options, "max_connections": 32})
-        # Of their own, so that neither keeps a command waiting: long payloads, and reads that wait.
-        self.bulk: Any = self._client(url, {**options, "socket_timeout": 30.0, "max_connections": 8})
-        self.waiting: Any = self._client(url, {**options, "socket_timeout": BLOCK_SECONDS + 5.0, "max_connections": 8})
+        self.commands: Any = self._client(url, {**options, **careful, "max_connections": 32})
+        # Of its own, so that long payloads keep no command waiting.
+        self.bulk: Any = self._client(url, {**options, **careful, "socket_timeout": 30.0, "max_connections": 8})
+        bare = {**options, "socket_timeout": None, "retry": Retry(NoBackoff(), 0)}  # `Wires` has its own of both
+        self._bare: Any = self._client(url, {**bare, "max_connections": WIRES}).connection_pool
+        self._wires = Wires(self._bare, WIRES)
         common = (_FOLDER / "_common.lua").read_text(encoding="utf-8")
         texts = {name: common + (_FOLDER / f"{name}.lua").read_text(encoding="utf-8") for name in _SCRIPTS}
         self._scripts = {name: (hashlib.sha1(text.encode()).hexdigest(), text) for name, text in texts.items()}
@@ -156,19 +155,26 @@ class Store:
     async def run(self, script: str, *arguments: str | int | bytes, bells: Sequence[str] = ()) -> Any:
         """Its answer. With bells (lists) it runs when one of them has a token, which goes, or in `BLOCK_SECONDS`."""
         digest, text = self._scripts[script]
-        whose = 1, PREFIX  # the one key that is named stands for all: by its hash tag a Cluster knows where they are
+        given = (
+            1,
+            PREFIX,
+            PREFIX,
+            *arguments,
+        )  # the one key that is named stands for all: a Cluster goes by its hash tag
         try:
             if bells:
-                async with self.waiting.pipeline(transaction=False) as both:
-                    both.blpop(bells, timeout=BLOCK_SECONDS)
-                    both.evalsha(digest, *whose, PREFIX, *arguments)
-                    _, answer = await both.execute()
+                wait: Command = ("BLPOP", *bells, BLOCK_SECONDS)
+                _, answer = await self._wires.ask(wait, ("EVALSHA", digest, *given), seconds=BLOCK_SECONDS + 5.0)
             else:
-                answer = await self.commands.evalsha(digest, *whose, PREFIX, *arguments)
+                (answer,) = await self._wires.ask(("EVALSHA", digest, *given))
         except NoScriptError:  # since the server was started
-            answer = await self.commands.eval(text, *whose, PREFIX, *arguments)
+            (answer,) = await self._wires.ask(("EVAL", text, *given))
         check_cancelled()
         return answer
+
+    def channels(self, own: str) -> Channels:
+        """What is published there, and elsewhere as it is asked for."""
+        return Channels(self._bare, own)
 
     async def store(self, payload: bytes, seconds: float) -> bytes:
         """What stands for a payload in a stream: itself, or where it lies."""
@@ -194,7 +200,8 @@ class Store:
         return payload
 
     async def close(self) -> None:
-        for client in (self.commands, self.bulk, self.waiting, *self._sentinels):
+        await self._wires.close()
+        for client in (self.commands, self.bulk, *self._sentinels):
             with contextlib.suppress(*AWAY, RedisError):
                 await client.aclose(close_connection_pool=True)
 
@@ -221,9 +228,13 @@ class Store:
         # Pools of redis-py's Sentinel do not wait for a connection: one that is full raises.
         connection = _SentinelTlsConnection if parts.scheme == "rediss+sentinel" else _SentinelConnection
         options = {**options, "max_connections": 1024}
-        sentinel: Any = Sentinel(
-            sentinels, sentinel_kwargs={"password": given.get("sentinel_password")}, **access, **options
-        )  # type: ignore[no-untyped-call]
+        asked = {  # one that does not answer is left for the next
+            "password": given.get("sentinel_password"),
+            "socket_timeout": ANSWER_SECONDS / 4,
+            "socket_connect_timeout": ANSWER_SECONDS / 4,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        sentinel: Any = Sentinel(sentinels, sentinel_kwargs=asked, **access, **options)  # type: ignore[no-untyped-call]
         self._sentinels += sentinel.sentinels
         master: Redis = sentinel.master_for(service, db=int(db or 0), connection_class=connection)
         return master
@@ -239,15 +250,6 @@ async def reached(work: Awaitable[T]) -> T:
         raise BrokerAway(f"Redis cannot answer now: {e}") from e
     except AWAY as e:
         raise BrokerAway(f"Redis cannot be reached: {type(e).__name__}") from e
-
-
-def check_cancelled() -> None:
-    """Raises `CancelledError` in a task that was cancelled: in redis-py a reply that comes in that moment may swallow
-    the first. It stands after commands, and where loops begin again.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 async def steadily(work: Callable[[], Awaitable[None]], seconds: float) -> None:

@@ -7,8 +7,8 @@
     {drawwell}:job:<id>               a hash: the job, its state, who has it, how often it was tried
     {drawwell}:events:<id>            a stream: what was told of it; entry n-0 is event number n
     {drawwell}:blob:<uuid>            a payload too large to stand in the way of others
-    {drawwell}:active, units, queued  what has not ended: by its time, its work, and the sum of that
-    {drawwell}:lines, waiting         what no worker has yet: where each job stands; of each line its jobs and steps
+    {drawwell}:active, queued         what has not ended: by the time at which it is over, and the sum of its work
+    {drawwell}:waiting                what no worker has yet: of each line its jobs and steps
     {drawwell}:key:<key>              idempotency: which job stands for it
     {drawwell}:worker:<name>          what a worker announced; it expires. Also the channel of its cancellations
     {drawwell}:workers                a set: the names of those
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import logging
 import random
@@ -35,17 +34,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgpack
-from redis.exceptions import RedisError
 
-from service._redis import (
-    ANSWER_SECONDS,
-    AWAY,
-    PREFIX,
-    Store,
-    check_cancelled,
-    reached,
-    steadily,
-)
+from service._redis import PREFIX, Store, reached, steadily
+from service._wires import ANSWER_SECONDS, AWAY
 from service.broker import (
     CANCELLED,
     Broker,
@@ -108,7 +99,7 @@ class RedisBroker(Broker):
         self._news: dict[str, list[_Box]] = {}  # job -> who waits for news of it
         self._fresh: dict[str, _Box] = {}  # job that was submitted here, and of which nobody has asked for news yet
         self._foreign: dict[str, int] = {}  # job that came by another replica -> how many follow it here
-        self._channels: Any = None  # redis-py's PubSub, while connected
+        self._channels = self._store.channels(self._home)
         self._pool: list[WorkerState] = []
         self._waiting: dict[Line, Waiting] = {}  # as of the last look, like the pool
         self._ready_at: float | None = None  # when a worker was last seen ready, on this process's clock
@@ -130,7 +121,7 @@ class RedisBroker(Broker):
         lifetime = (job.timeout or LONGEST) + self._keep
         if not await self._anyone(job.model) and not await self._known(job.key):
             raise NoWorker(f"no worker is ready for {job.model}")
-        described = dataclasses.replace(job, payload=await reached(self._store.store(job.payload, lifetime)))
+        stored = await reached(self._store.store(job.payload, lifetime))
         while len(self._fresh) >= FRESH:
             del self._fresh[next(iter(self._fresh))]
         self._fresh[job.id] = _Box()  # before its first news
@@ -138,7 +129,7 @@ class RedisBroker(Broker):
             self._store.run(
                 "submit",
                 *(job.id, job.model, job.priority, job.tenant),
-                *(_job_out(described), job.units, self._limit),
+                *(_job_out(job, stored), job.units, self._limit),
                 *(int(1000 * (job.timeout or LONGEST)), int(1000 * self._keep), self._home),
                 *(job.key or "", job.digest, json.dumps(job.line), job.rows * job.steps),
             )
@@ -146,7 +137,7 @@ class RedisBroker(Broker):
         kind = answer[0]
         if kind != b"queued":
             self._fresh.pop(job.id, None)
-            await self._store.discard(described.payload)
+            await self._store.discard(stored)
         if kind == b"known":
             return str(answer[1], "ascii")
         if kind == b"taken":
@@ -197,7 +188,8 @@ class RedisBroker(Broker):
                 if not wait:
                     return
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(box.news.wait(), POLL_SECONDS)
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await box.news.wait()
         except AWAY as e:
             raise BrokerAway(f"Redis cannot be reached: {type(e).__name__}") from e
         finally:
@@ -221,8 +213,9 @@ class RedisBroker(Broker):
         packed, state, lost, attempt = found
         if packed is None:
             raise KeyError(job_id)
-        job = dataclasses.replace(job_in(packed), attempt=max(1, int(attempt)))
-        job = dataclasses.replace(job, payload=await reached(self._store.fetch(job.payload)))
+        described = msgpack.unpackb(packed)
+        payload = await reached(self._store.fetch(described["payload"]))
+        job = job_in(described, payload, attempt=max(1, int(attempt)))
         return Status(job, state.decode(), None if lost is None else lost.decode())
 
     async def position(self, job_id: str) -> int:
@@ -277,40 +270,26 @@ class RedisBroker(Broker):
         if not ready or len(ready) < len(states):
             return
         served = {name for state in states for name, model in state.models.items() if model.status != "failed"}
-        for queue in await self._store.commands.smembers(f"{PREFIX}queues"):
-            model = queue.decode().removeprefix(f"{PREFIX}q:").partition(":")[2]
-            if model not in served:
-                for place in await self._store.commands.zrange(queue, 0, 999):
-                    await self._store.run("cancel", place.split(b" ")[2], f"no worker serves {model} any longer")
+        for priority, model in {(line.priority, line.model) for line in self._waiting if line.model not in served}:
+            for place in await self._store.commands.zrange(_queue(priority, model), 0, 999):
+                await self._store.run("cancel", place.split(b" ")[2], f"no worker serves {model} any longer")
 
     async def _tidy(self) -> None:
         await self._store.run("reap", 1000, int(1000 * GONE_SECONDS))
 
     async def _hear(self) -> None:
         """News of jobs, by the channel of this process and those of jobs that others submitted."""
-        while True:
-            try:
-                async with self._store.waiting.pubsub() as channels:
-                    names = [self._home, *(f"{PREFIX}news:{job_id}" for job_id in self._foreign)]
-                    await channels.subscribe(*names)
-                    self._channels = channels
-                    for box in [box for boxes in self._news.values() for box in boxes] + [*self._fresh.values()]:
-                        box.news.set()  # there may be what was told while nobody heard
-                    while True:
-                        check_cancelled()
-                        message = await channels.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS)
-                        if message is not None:
-                            job_id, first, payloads, final = msgpack.unpackb(message["data"], raw=True)
-                            told = [(first + k, stored, False) for k, stored in enumerate(payloads)]
-                            if told and final:
-                                told[-1] = (*told[-1][:2], True)
-                            for box in self._boxes(job_id.decode()):
-                                box.put(told)
-            except (*AWAY, RedisError) as e:
-                log.warning("Redis: %s; listening again soon", e)
-                await asyncio.sleep(random.uniform(0.1, 0.3))
-            finally:
-                self._channels = None
+        async for news in self._channels.listen():
+            if news is None:
+                for box in [box for boxes in self._news.values() for box in boxes] + [*self._fresh.values()]:
+                    box.news.set()  # there may be what was told while nobody heard
+                continue
+            job_id, first, payloads, final = msgpack.unpackb(news, raw=True)
+            told = [(first + k, stored, False) for k, stored in enumerate(payloads)]
+            if told and final:
+                told[-1] = (*told[-1][:2], True)
+            for box in self._boxes(job_id.decode()):
+                box.put(told)
 
     def _boxes(self, job_id: str) -> list[_Box]:
         fresh = self._fresh.get(job_id)
@@ -318,18 +297,14 @@ class RedisBroker(Broker):
 
     async def _follow(self, job_id: str) -> bool:
         self._foreign[job_id] = self._foreign.get(job_id, 0) + 1
-        if self._channels is not None:
-            with contextlib.suppress(*AWAY, RedisError):  # then it is subscribed to with the next connection
-                await self._channels.subscribe(f"{PREFIX}news:{job_id}")
+        await self._channels.add(f"{PREFIX}news:{job_id}")
         return True
 
     async def _unfollow(self, job_id: str) -> None:
         self._foreign[job_id] -= 1
         if self._foreign[job_id] == 0:
             del self._foreign[job_id]
-            if self._channels is not None:
-                with contextlib.suppress(*AWAY, RedisError):
-                    await self._channels.unsubscribe(f"{PREFIX}news:{job_id}")
+            await self._channels.drop(f"{PREFIX}news:{job_id}")
 
 
 async def workers(url: str) -> list[WorkerState]:
@@ -366,10 +341,12 @@ def _lines_in(told: Mapping[bytes, bytes]) -> dict[Line, Waiting]:
     return found
 
 
-def _job_out(job: Job) -> bytes:
-    packed: bytes = msgpack.packb(vars(job))
+def _job_out(job: Job, stored: bytes) -> bytes:
+    """stored: what `Store.store` made of its payload."""
+    packed: bytes = msgpack.packb({**vars(job), "payload": stored})
     return packed
 
 
-def job_in(packed: bytes) -> Job:
-    return Job(**msgpack.unpackb(packed))
+def job_in(described: Mapping[str, Any], payload: bytes, **counted: float) -> Job:
+    """What `_job_out` packed, with its payload again, and with what was counted of it since."""
+    return Job(**{**described, "payload": payload, **counted})

@@ -21,18 +21,10 @@ from typing import Any
 import msgpack
 from redis.exceptions import RedisError, ResponseError
 
-from service._redis import (
-    ANSWER_SECONDS,
-    AWAY,
-    BLOCK_SECONDS,
-    PREFIX,
-    Store,
-    check_cancelled,
-    steadily,
-    until_reached,
-)
+from service._redis import BLOCK_SECONDS, PREFIX, Store, steadily, until_reached
+from service._wires import ANSWER_SECONDS, AWAY, check_cancelled
 from service.broker import MAX_DEATHS, NOBODY, Claims, Event, Job, JobLost, WorkerState, is_wanted
-from service.broker_redis import LONGEST, POLL_SECONDS, job_in
+from service.broker_redis import LONGEST, job_in
 from service.scheduler import AGEING
 
 log = logging.getLogger(__name__)
@@ -46,6 +38,7 @@ class RedisClaims(Claims):
 
     def __init__(self, url: str, name: str, claim_seconds: float = 15.0, keep: float = 600.0) -> None:
         self._store, self.name = Store(url), f"{name}-{uuid.uuid4().hex[:12]}"
+        self._channels = self._store.channels(f"{PREFIX}worker:{self.name}")
         self._claim_seconds, self._keep = claim_seconds, keep
         self._held: dict[str, Job] = {}
         self._ending: set[str] = set()  # those whose end is being told
@@ -210,7 +203,7 @@ class RedisClaims(Claims):
     async def _ask(self, wanted: Mapping[str, Sequence[str]], bells: Sequence[str] = ()) -> bool:
         """Take a job, if one is queued that is wanted, perhaps only after a bell has rung or `BLOCK_SECONDS`."""
         described = json.dumps({model: list(tenants) for model, tenants in wanted.items()})
-        given = await self._store.run("claim", self.name, MAX_DEATHS, int(1000 * AGEING), described, bells=bells)
+        given = await self._store.run("claim", self.name, int(1000 * AGEING), described, bells=bells)
         *job, more = given or (0,)
         if not more:
             self._exhausted = wanted, time.monotonic()
@@ -226,18 +219,14 @@ class RedisClaims(Claims):
     async def _begin(self, given: Any) -> None:
         """What the scripts `claim` and `take` gave to this worker."""
         packed, attempt, deaths, deaths_alone, waited = given
-        job = dataclasses.replace(
-            job_in(packed),
-            attempt=attempt,
-            deaths=deaths,
-            deaths_alone=deaths_alone,
-            queued_seconds=waited / 1000,
-        )
+        described = msgpack.unpackb(packed)
         try:
-            job = dataclasses.replace(job, payload=await self._store.fetch(job.payload))
+            payload = await self._store.fetch(described["payload"])
         except JobLost as e:
-            await self._store.run("cancel", job.id, str(e))
+            await self._store.run("cancel", described["id"], str(e))
             return
+        counted = {"attempt": attempt, "deaths": deaths, "deaths_alone": deaths_alone}
+        job = job_in(described, payload, **counted, queued_seconds=waited / 1000)
         if job.id in self._stopping:
             self._stopping[job.id] = job
             return
@@ -291,15 +280,6 @@ class RedisClaims(Claims):
                 await both.execute()
 
     async def _hear(self) -> None:
-        while True:
-            try:
-                async with self._store.waiting.pubsub() as channel:
-                    await channel.subscribe(f"{PREFIX}worker:{self.name}")
-                    while True:
-                        check_cancelled()
-                        message = await channel.get_message(ignore_subscribe_messages=True, timeout=POLL_SECONDS)
-                        if message is not None:
-                            self._dropped.put_nowait(message["data"].decode())
-            except (*AWAY, RedisError) as e:
-                log.warning("Redis: %s; listening again soon", e)
-                await asyncio.sleep(random.uniform(0.1, 0.5))
+        async for job_id in self._channels.listen():
+            if job_id is not None:
+                self._dropped.put_nowait(job_id.decode())

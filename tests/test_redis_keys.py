@@ -49,6 +49,9 @@ async def test_when_all_is_over_nothing_is_left_but_a_few_sums(kind: Distributed
                 await link.claims.publish(one.id, [Event(b"y" * 100_000), Event(b"", final=True)])
             for one in (await claim(w2), await claim(w2)):
                 await w2.claims.publish(one.id, [Event(b"", final=True)])
+            async with asyncio.timeout(20):
+                while await broker.queued_units():  # the late one is put an end to five seconds after its time
+                    await asyncio.sleep(0.05)
             await broker.submit(job("deadly", timeout=20.0))
         for k in range(MAX_DEATHS):
             async with workers(kind, broker, f"v{k}") as [v]:
@@ -60,7 +63,6 @@ async def test_when_all_is_over_nothing_is_left_but_a_few_sums(kind: Distributed
                 while (await broker.status("deadly")).state != "ended":
                     await asyncio.sleep(0.05)
             waiting.cancel()
-        await asyncio.sleep(6)  # the late one is put an end to five seconds after its time
         await broker._store.run("reap", 1000, 0)
         with Redis(port=server.port, decode_responses=True) as client:
             assert client.get("{drawwell}:queued") == "0"

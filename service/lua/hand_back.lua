@@ -2,17 +2,15 @@
 local worker, count = ARGV[2], 0
 for k = 3, #ARGV, 2 do
   local id = ARGV[k]
-  local key = job_key(id)
-  local job = redis.call('HMGET', key, 'state', 'worker', 'attempt', 'model', 'entry', 'cancelled', 'line', 'steps', 'queue',
-    'place', 'tag')
-  if job[1] == 'running' and job[2] == worker and job[3] == ARGV[k + 1] then
-    redis.call('XACK', running_key(job[4]), 'workers', job[5])
-    redis.call('XDEL', running_key(job[4]), job[5])
-    redis.call('HSET', key, 'state', 'queued', 'attempt', job[3] - 1, 'worker', '', 'entry', '')
-    if job[6] then
-      finish(id, 'cancelled')
+  local job = read(id, 'worker', 'attempt', 'cancelled', 'tag', unpack(ENDING))
+  if job.state == 'running' and job.worker == worker and job.attempt == ARGV[k + 1] then
+    if job.cancelled then
+      finish(id, job, 'cancelled')
     else
-      wait_for_worker(id, job[4], unpack(job, 7))
+      redis.call('XACK', running_key(job.model), 'workers', job.entry)
+      redis.call('XDEL', running_key(job.model), job.entry)
+      redis.call('HSET', job_key(id), 'state', 'queued', 'attempt', job.attempt - 1, 'worker', '')
+      wait_for_worker(job.model, job.queue, job.place, job.tag, job.line, job.steps)
       count = count + 1
     end
   end

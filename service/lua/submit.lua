@@ -19,17 +19,14 @@ local clock = tonumber(redis.call('GET', queue .. ':clock') or '0')
 local tag = math.max(clock, tonumber(redis.call('ZSCORE', queue .. ':given', tenant) or '0'))
 redis.call('ZADD', queue .. ':given', tag + units, tenant)
 local place = string.format('%016d %d %s %s', redis.call('INCR', P .. 'places'), time, id, tenant)
-local lifetime = timeout + keep
 redis.call('HSET', job_key(id), 'job', job, 'queue', queue, 'model', model, 'priority', priority, 'units', units,
-  'home', home, 'keep', keep, 'state', 'queued', 'attempt', 0, 'told', 0, 'submitted', time, 'line', line, 'steps', steps,
-  'place', place, 'tag', tag, 'entry', '')
-redis.call('PEXPIRE', job_key(id), lifetime)
-wait_for_worker(id, model, line, steps, queue, place, tag)
+  'home', home, 'keep', keep, 'state', 'queued', 'attempt', 0, 'deaths', 0, 'deaths_alone', 0, 'told', 0,
+  'submitted', time, 'line', line, 'steps', steps, 'place', place, 'tag', tag)
+wait_for_worker(model, queue, place, tag, line, steps)
 redis.call('INCRBY', P .. 'queued', units)
-redis.call('HSET', P .. 'units', id, units)
 redis.call('ZADD', P .. 'active', time + timeout + 5000, id) -- its worker is to say first that it is too late
 if same ~= '' then
   redis.call('HSET', P .. 'key:' .. same, 'digest', digest, 'job', id)
-  redis.call('PEXPIRE', P .. 'key:' .. same, lifetime)
+  redis.call('PEXPIRE', P .. 'key:' .. same, timeout + keep)
 end
 return {'queued'}
