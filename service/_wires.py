@@ -34,7 +34,6 @@ class Wires:
     """
 
     def __init__(self, pool: Any, count: int) -> None:
-        self._pool = pool
         self._free: asyncio.LifoQueue[Any] = asyncio.LifoQueue()  # they connect when they are needed
         for _ in range(count):
             self._free.put_nowait(pool.make_connection())
@@ -59,8 +58,11 @@ class Wires:
 
     async def _exchange(self, connection: Any, commands: Sequence[Command], seconds: float) -> list[Any]:
         try:
+            if not connection.is_connected or await connection.can_read():  # it was cut: nothing is to be read yet
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await connection.disconnect(nowait=True)
+                    await connection.connect()
             async with asyncio.timeout(seconds):
-                await self._pool.ensure_connection(connection)
                 packed = b"".join(pack_command(command) for command in commands)  # type: ignore[arg-type]  # a stub's slip
                 await connection.send_packed_command(packed, check_health=False)
                 return [await connection.read_response() for _ in commands]
@@ -78,7 +80,7 @@ class Channels:
     """What is published on some channels, over a connection of its own."""
 
     def __init__(self, pool: Any, own: str) -> None:
-        self._pool, self._own = pool, own
+        self._own = own
         self._others: set[str] = set()
         self._connection: Any = pool.make_connection()
 
