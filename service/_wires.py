@@ -1,6 +1,6 @@
 """The short way to Redis, for what a job waits for: redis-py's connections without its clients.
 
-redis-py connects: by TLS, as a user, to the master that Sentinels name. A command of its clients takes three times
+redis-py connects: by TLS, as a user, to the master that Sentinels name. A command of its clients takes more than twice
 as long in Python as the same one over such a connection: for a pool's lock, a task for each write, telemetry.
 """
 
