@@ -34,9 +34,10 @@ class Wires:
     """
 
     def __init__(self, pool: Any, count: int) -> None:
-        self._free: asyncio.LifoQueue[Any] = asyncio.LifoQueue()  # they connect when they are needed
+        self._pool = pool
+        self._free: asyncio.LifoQueue[Any] = asyncio.LifoQueue()  # None: one that was not needed yet
         for _ in range(count):
-            self._free.put_nowait(pool.make_connection())
+            self._free.put_nowait(None)
 
     async def ask(self, *commands: Command, seconds: float = ANSWER_SECONDS) -> list[Any]:
         """The answers to commands that are sent together. What a broken connection fails is tried once more, over a new
@@ -48,6 +49,8 @@ class Wires:
         else:
             connection = self._free.get_nowait()
         try:
+            if connection is None:
+                connection = self._pool.make_connection()
             try:
                 return await self._exchange(connection, commands, seconds)
             except AWAY:
@@ -73,7 +76,8 @@ class Wires:
 
     async def close(self) -> None:
         while not self._free.empty():
-            await self._free.get_nowait().disconnect()
+            if (connection := self._free.get_nowait()) is not None:
+                await connection.disconnect()
 
 
 class Channels:

@@ -196,7 +196,9 @@ async def test_large_payloads_on_their_way_keep_small_ones_waiting_nowhere(
 
 async def test_replicas_that_are_asked_at_once_share_one_bound(kind: Distributed) -> None:
     async with kind.broker(50) as one, kind.broker(50) as other, workers(kind, one, "w"):
-        await asyncio.gather(one.pool(), other.pool())
+        async with asyncio.timeout(5):
+            while not await other.pool():
+                await asyncio.sleep(0.01)
         brokers = [one, other] * 10
         asked = [broker.submit(job(f"j{k}")) for k, broker in enumerate(brokers)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
