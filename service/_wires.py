@@ -87,6 +87,7 @@ class Channels:
         self._own = own
         self._others: set[str] = set()
         self._connection: Any = pool.make_connection()
+        self._greeted = False  # the connection is made: who speaks sooner is taken for a part of the greeting
 
     async def listen(self) -> AsyncIterator[bytes | None]:
         """Messages, until cancelled. None whenever listening begins: before that, some may have been missed."""
@@ -94,6 +95,7 @@ class Channels:
             try:
                 async with asyncio.timeout(2 * ANSWER_SECONDS):
                     await self._connection.connect()
+                    self._greeted = True
                     await self._send("SUBSCRIBE", self._own, *self._others)
                 while True:
                     kind, channel, *message = await self._heard()
@@ -106,6 +108,7 @@ class Channels:
                 log.warning("Redis: %s; listening again soon", str(e) or type(e).__name__)
                 await asyncio.sleep(random.uniform(0.1, 0.3))
             finally:
+                self._greeted = False
                 await self._connection.disconnect(nowait=True)
 
     async def _heard(self) -> list[Any]:
@@ -125,7 +128,7 @@ class Channels:
         await self._tell("UNSUBSCRIBE", channel)
 
     async def _tell(self, *command: str) -> None:
-        if self._connection.is_connected:
+        if self._greeted and self._connection.is_connected:
             with contextlib.suppress(*AWAY, RedisError):  # it is told with the next connection
                 await self._send(*command)
 
