@@ -320,14 +320,15 @@ def gaussian_mixture() -> Run:
 
 
 def bayesnet() -> Run:
-    """Chow–Liu tree over pixels, with the class as a further parent of each: 77 seconds of counting, one thread.
+    """Chow–Liu tree over pixels, with the class as a further parent of each, in six bins of grey, for which its tables
+    take 0.4 MB less than for eight: 22 seconds of counting, one thread.
 
-    Reached on the 10,000 test images 3.553 bits/dim without labels and 3.562 given them; its p(y | x) is right about
-    0.819 of them. A classifier agreed with the asked label on 0.756 of 1,000 samples.
+    Reached on the 10,000 test images 3.622 bits/dim without labels and 3.629 given them (eight bins: 3.553 and 3.562);
+    its p(y | x) is right about 0.811 of them. A classifier agreed with the asked label on 0.740 of 1,000 samples.
     """
     return Run(
         family="bayesnet",
-        config=models.bayesnet.Config(by_class=True, bins=8),
+        config=models.bayesnet.Config(by_class=True, bins=6),
         data="fashion-mnist",
         steps=0,
         batch_size=500,
