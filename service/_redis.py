@@ -155,12 +155,8 @@ class Store:
     async def run(self, script: str, *arguments: str | int | bytes, bells: Sequence[str] = ()) -> Any:
         """Its answer. With bells (lists) it runs when one of them has a token, which goes, or in `BLOCK_SECONDS`."""
         digest, text = self._scripts[script]
-        given = (
-            1,
-            PREFIX,
-            PREFIX,
-            *arguments,
-        )  # the one key that is named stands for all: a Cluster goes by its hash tag
+        # The one key that is named stands for all: a Cluster goes by its hash tag.
+        given = 1, PREFIX, PREFIX, *arguments
         try:
             if bells:
                 wait: Command = ("BLPOP", *bells, BLOCK_SECONDS)
