@@ -254,7 +254,7 @@ class LocalBroker(Broker):
         link.wanted = link.absent = frozenset()
         link.jobs[job_id] = None
         waited = self._clock() - record.submitted
-        _send(link.writer, "job", dataclasses.asdict(dataclasses.replace(record.job, queued_seconds=waited)))
+        _send(link.writer, "job", {**vars(record.job), "queued_seconds": waited})
 
     def _give_back(self, name: str, link: _Link) -> None:
         """A worker is gone: its jobs go to others."""

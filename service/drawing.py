@@ -5,7 +5,6 @@ A `Drawing` travels with its job, so that any API process can give the answer.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -35,7 +34,7 @@ class Drawing:
     format: Format
 
     def pack(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
+        return json.dumps(vars(self)).encode()
 
     @classmethod
     def unpack(cls, packed: bytes) -> Drawing:
