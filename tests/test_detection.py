@@ -284,8 +284,10 @@ def test_what_cannot_be_measured_is_said_before_the_work(zoo: Path, capsys: pyte
 
 def test_the_page_keeps_what_other_checkpoints_were_measured_to_do(tmp_path: Path) -> None:
     results: anomaly_page.Results = {}
-    anomaly_page.add(results, "digits", {"a": 1}, "one", {"x": 1})
-    anomaly_page.add(results, "digits", {"a": 2}, "two", {"x": 2})
-    anomaly_page.add(results, "digits", {"a": 2}, "one", {"x": 3})
-    assert results == {"digits": {COMPRESSED: {"a": 2}, "scorers": {"one": {"x": 3}, "two": {"x": 2}}}}
+    few, many = {"a": {"n": 5}}, {"a": {"n": 9}}
+    anomaly_page.add(results, "digits", few, "one", {"x": 1})
+    anomaly_page.add(results, "digits", many, "two", {"x": 2})
+    anomaly_page.add(results, "digits", few, "one", {"x": 3})
+    expected = {COMPRESSED: many, "scorers": {"one": {"x": 3}, "two": {"x": 2}}}
+    assert results == {"digits": expected}, "the baseline is that of the most images"
     assert detect.NORMAL == "test"

@@ -48,10 +48,16 @@ def write(page: Path, results: Results) -> list[Path]:
 
 
 def add(results: Results, data: str, compressed: Mapping[str, Any], name: str, measured: Mapping[str, Any]) -> None:
-    """Take the place of what was measured of that scorer before."""
+    """Take the place of what was measured of that scorer before, and of the baseline, where that is not of fewer images."""
     entry = results.setdefault(data, {"scorers": {}})
-    entry[COMPRESSED] = dict(compressed)
+    if _count(compressed) >= _count(entry.get(COMPRESSED, {})):
+        entry[COMPRESSED] = dict(compressed)
     entry["scorers"][name] = dict(measured)
+
+
+def _count(compressed: Mapping[str, Any]) -> int:
+    """The most images of any set."""
+    return max((cell["n"] for cell in compressed.values()), default=0)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
