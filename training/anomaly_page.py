@@ -48,7 +48,7 @@ def write(page: Path, results: Results) -> list[Path]:
 
 
 def add(results: Results, data: str, compressed: Mapping[str, Any], name: str, measured: Mapping[str, Any]) -> None:
-    """Take the place of what was measured of that scorer before, and of the baseline, where that is not of fewer images."""
+    """Take the place of what was measured of that scorer before, and of a baseline that is not of more images."""
     entry = results.setdefault(data, {"scorers": {}})
     if _count(compressed) >= _count(entry.get(COMPRESSED, {})):
         entry[COMPRESSED] = dict(compressed)
