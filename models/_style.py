@@ -119,7 +119,8 @@ class StyleGenerator(nn.Module):
     channels        at each resolution, finest first
     latent, width   numbers of z and of w
     layers          of the mapping network
-    told            what embeds the condition: labels by an `nn.Embedding`, ids of captions by a `TextEncoder`
+    told            what embeds the condition: labels by an `nn.Embedding`, ids of captions by a `TextEncoder`, which
+                    no gradient reaches from here
     noise_shapes    (1, H, W) of what each layer adds, in order
     """
 
@@ -205,7 +206,8 @@ class StyleGenerator(nn.Module):
         if self.told is None:
             return z.new_zeros(len(z), 0), None
         if isinstance(self.told, TextEncoder):
-            text: Text = self.told(condition)
+            with torch.no_grad():  # it is learnt by the critic
+                text: Text = self.told(condition)
             return text.sentence, text
         vector: Tensor = self.told(condition)
         return vector, None

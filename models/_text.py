@@ -73,6 +73,8 @@ class TextEncoder(nn.Module):
         self.place = nn.Parameter(torch.randn(length, width))
         self.layers = nn.ModuleList(TextLayer(width) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
+        self.whole = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.whole_norm = nn.LayerNorm(width)
 
     def forward(self, ids: Tensor) -> Text:
         seen = ids != PADDING
@@ -81,8 +83,8 @@ class TextEncoder(nn.Module):
         for layer in self.layers:
             h = layer(h, seen)
         tokens: Tensor = self.norm(h)
-        sentence = (tokens * seen[:, :, None]).sum(dim=1) / seen.sum(dim=1, keepdim=True)
-        return Text(tokens, seen, sentence)
+        mean = (tokens * seen[:, :, None]).sum(dim=1) / seen.sum(dim=1, keepdim=True)
+        return Text(tokens, seen, self.whole_norm(mean + self.whole(mean)))
 
 
 class TextAttention(nn.Module):
@@ -110,36 +112,53 @@ def given(ids: Tensor) -> Tensor:
     return ids[:, 0] != PADDING
 
 
+def altered_captions(ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of each caption n others (B, n, L), from torch's global generator, and which of them say something else (B, n).
+
+    One token is exchanged for one that stands after the same token in another caption of the batch, if any does: so
+    what is wrong is a word, not the language, and the meaning of the words' order has to be learnt (arXiv 2210.01936).
+    """
+    b, length = ids.shape
+    device = ids.device
+    before = torch.cat([ids.new_full((b, 1), -1), ids[:, :-1]], dim=1)
+    lengths = (ids != PADDING).sum(dim=1, keepdim=True)
+    place = (torch.rand(b, n, device=device) * lengths).long()  # (B, n)
+    own, context = ids.gather(1, place)[..., None], before.gather(1, place)[..., None]  # (B, n, 1)
+    fits = (before.flatten() == context) & (ids.flatten() != own) & (ids.flatten() != PADDING)  # (B, n, B·L)
+    chosen = torch.rand(b, n, b * length, device=device).masked_fill(~fits, -1).argmax(dim=2)
+    found = fits.any(dim=2) & given(ids)[:, None]
+    token = torch.where(found, ids.flatten()[chosen], own[..., 0])
+    return ids[:, None].repeat(1, n, 1).scatter(2, place[..., None], token[..., None]), found
+
+
 def wrong_captions(ids: Tensor) -> tuple[Tensor, Tensor]:
     """For each image of a batch a caption that is not its own (B, L), from torch's global generator, and whether that
     is so (B,): not where either is missing or both are equal.
 
     Half of them are another image's (arXiv 1605.05396, §4.2). Those differ in so much that telling them apart teaches
-    little, so the others are the image's own, with one token exchanged for the other's at the same place.
+    little, so the others are the image's own with another word.
     """
-    b, device = len(ids), ids.device
     other = ids.roll(1, dims=0)
-    shorter = torch.minimum((ids != PADDING).sum(dim=1), (other != PADDING).sum(dim=1))
-    place = (torch.rand(b, device=device) * shorter).long()[:, None]
-    altered = ids.scatter(1, place, other.gather(1, place))
-    wrong = torch.where(torch.rand(b, 1, device=device) < 0.5, altered, other)
-    return wrong, given(ids) & given(other) & (wrong != ids).any(dim=1)
+    altered, says_else = (part[:, 0] for part in altered_captions(ids, 1))
+    takes_other = torch.rand(len(ids), device=ids.device) < 0.5
+    is_other = given(ids) & given(other) & (other != ids).any(dim=1)
+    return torch.where(takes_other[:, None], other, altered), torch.where(takes_other, is_other, says_else)
 
 
 def contrast(images: Tensor, captions: Tensor, ids: Tensor, wrong: Tensor, is_wrong: Tensor) -> Tensor:
-    """−log of the share that its own caption has for an image, among those of the batch and a wrong one (InfoNCE, arXiv
+    """−log of the share that its own caption has for an image, among those of the batch and wrong ones (InfoNCE, arXiv
     1807.03748, eq. 4, on cosines; between images and captions as in 2101.04702, eq. 4), over images with a caption.
 
-    images, captions, wrong (B, F): features of images, of their captions ids (B, L), and of wrong ones where is_wrong
-    (B,). Captions equal to the own one are left out.
+    images, captions (B, F), wrong (B, n, F): features of images, of their captions ids (B, L), and of wrong ones where
+    is_wrong (B, n). Captions equal to the own one are left out.
     """
-    images, captions, wrong = (F.normalize(x.float(), dim=1) for x in (images, captions, wrong))
+    images, captions, wrong = (F.normalize(x.float(), dim=-1) for x in (images, captions, wrong))
     own = torch.eye(len(ids), dtype=torch.bool, device=ids.device)
     out = ((ids[:, None] == ids).all(dim=2) | ~given(ids)) & ~own  # (B, B): no wrong answers
     cosines = torch.cat(
         [
             (images @ captions.T).masked_fill(out, -torch.inf),
-            (images * wrong).sum(dim=1, keepdim=True).masked_fill(~is_wrong[:, None], -torch.inf),
+            (wrong @ images[:, :, None])[..., 0].masked_fill(~is_wrong, -torch.inf),
         ],
         dim=1,
     )

@@ -14,14 +14,16 @@ biases from a linear map of (z, class embedding), and "style" (`models._style`),
 
 What an image is to show enters the critic by projection (1802.05637, eq. 3). Captions are taught in two further ways: a
 real image with a wrong caption counts as drawn (1605.05396, algorithm 1), and both networks gain by images whose
-features tell their caption among others (2101.04702, §4.1; `models._text`). Options: spectral norm on every layer of
-the critic (1802.05957), one self-attention layer in each network of the residual kind (1805.08318).
+features tell their caption among others (2101.04702, §4.1; `models._text`). One text encoder reads captions for both
+networks, and learns by the critic's losses alone: what a caption means is learnt by matching it with images, as in
+1605.05396 and 2101.04702 before the GAN's training and here beside it. Options: spectral norm on every layer of the
+critic (1802.05957), one self-attention layer in each network of the residual kind (1805.08318).
 
 A critic teaches a generator slowly what one pair of image and caption shows at once. So with `reconstruction` half of
 the codes z come from training images, by an encoder that is learnt beside, and the generator is also to draw those
 images anew: a conditional VAE whose decoder is the generator (VAE-GAN, 1512.09300, §2.3; with drawn codes as well, as
-in 1711.11586, §3.3); and at first, up to `critic_from`, that alone. The encoder sees a coarse grey picture, so z tells
-where things lie, and mostly y what they are:
+in 1711.11586, §3.3); and at first, up to `critic_from`, that alone, while the critic only learns to match real images
+and captions. The encoder sees a coarse grey picture, so z tells where things lie, and mostly y what they are:
 
     −log p(x|z, y) + KL(q(z|x) | p(z)),  p = N(x; G(z, y), σ²),  in nats per number of the image
 
@@ -69,6 +71,7 @@ from models._text import TextEncoder
 OBJECTIVES = {"hinge": hinge_loss, "logistic": logistic_loss, "wgan-gp": wasserstein_loss}
 COARSE = 4  # how many times smaller the picture is that the encoder sees
 SIGMA = 0.25  # σ of p(x|z, y)
+ALTERED = 8  # captions with another word that each image is told from
 _LATENT, _LABEL, _NOISE = 0, 1, 2  # draws of a row's noise at tick 0; of noise, one for every layer from there
 
 
@@ -92,14 +95,14 @@ class Config:
     # What follows is for captions.
     vocabulary: int = 384  # tokens
     caption_length: int = 16  # tokens of a caption that are read
-    text_width: int = 64  # of each network's own text encoder, and its number of layers
+    text_width: int = 64  # of the text encoder, and its number of layers
     text_layers: int = 2
     caption_dropout: float = 0.1  # how often training hides the caption
     contrast: float = 1.0  # weight of telling a caption among others, beside the adversarial losses
     features: int = 0  # of the critic, that captions are held against; 0: as many as its last channels
     # For any condition.
     reconstruction: float = 0.0  # weight of drawing training images anew; 0: no encoder
-    critic_from: float = 0.0  # part of the training that is drawing anew alone, before there is a critic
+    critic_from: float = 0.0  # part of the training that is drawing anew alone, before a critic judges
 
     def check(self, space: ImageSpace) -> None:
         """Raises `ValueError` naming the field, its value and what would be right."""
@@ -169,7 +172,8 @@ class CriticBlock(nn.Module):
 
 
 class Critic(nn.Module):
-    """(image in [−1, 1], y) -> logit (B,). Without a label or a caption it reads the image alone: no projection."""
+    """(image in [−1, 1], y) -> logit (B,). y is a label (B,), negative where there is none, or what the text encoder
+    makes of a caption (B, text_width), zero where there is none: then it reads the image alone, without projection."""
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
@@ -194,7 +198,6 @@ class Critic(nn.Module):
                 nn.init.kaiming_normal_(layer.weight, a=0.2, nonlinearity="leaky_relu")
         if self.classes is not None:
             nn.init.normal_(self.classes.weight, std=width**-0.5)
-        self.text = _text_encoder(config) if space.captions else None
         self.project = nn.Linear(config.text_width, width, bias=False) if space.captions else None
         if config.spectral_norm:
             for layer in [m for m in self.modules() if isinstance(m, nn.Conv2d | nn.Linear | nn.Embedding)]:
@@ -205,13 +208,13 @@ class Critic(nn.Module):
         h = self.pool(self.layers(x.contiguous(memory_format=torch.channels_last)))
         return F.leaky_relu(self.mix(F.leaky_relu(h.flatten(1), 0.2)), 0.2)
 
-    def embed(self, condition: Tensor) -> Tensor | None:
-        """e_y (B, channels) of labels (B,) or ids (B, L), zero where there is none; None where there never is one."""
+    def embed(self, y: Tensor) -> Tensor | None:
+        """e_y (B, channels), zero where there is no y; None where there never is one."""
         embedded: Tensor | None = None
         if self.classes is not None:
-            embedded = self.classes(condition.clamp(min=0)) * (condition >= 0)[:, None]
-        if self.text is not None and self.project is not None:
-            embedded = self.project(self.text(condition).sentence) * _text.given(condition)[:, None]
+            embedded = self.classes(y.clamp(min=0)) * (y >= 0)[:, None]
+        if self.project is not None:
+            embedded = self.project(y)
         return embedded
 
     def judge(self, features: Tensor, embedded: Tensor | None) -> Tensor:
@@ -219,8 +222,8 @@ class Critic(nn.Module):
         logit: Tensor = self.output(features)[:, 0]
         return logit if embedded is None else logit + (embedded * features).sum(dim=1)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.judge(self.features(x), self.embed(condition))
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.judge(self.features(x), self.embed(y))
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder
@@ -278,6 +281,12 @@ class Model(_protocol.Model):
         self.critic = Critic(config, space)
         self.encoder = Encoder(space, config.latent) if config.reconstruction else None
 
+    @property
+    def text(self) -> TextEncoder | None:
+        """What reads captions, for both networks."""
+        told = self.generator.told if isinstance(self.generator, StyleGenerator) else None
+        return told if isinstance(told, TextEncoder) else None
+
     # Training
 
     def prepare(self, batches: Iterable[Batch]) -> None:
@@ -286,14 +295,18 @@ class Model(_protocol.Model):
             self.captions.learn(caption for batch in batches for caption in batch.captions)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
+        critic = [*self.critic.parameters(), *(self.text.parameters() if self.text is not None else ())]
         generator = [*self.generator.parameters(), *(self.encoder.parameters() if self.encoder is not None else ())]
-        return {"critic": list(self.critic.parameters()), "generator": generator}
+        return {"critic": critic, "generator": [p for p in generator if all(p is not q for q in critic)]}
 
     def objective(self, batch: Batch) -> Iterator[tuple[str, Tensor, Mapping[str, Tensor]]]:
         """`n_critic` critic losses, each on its part of the batch, then the generator's under the updated critic."""
         asked = self._asked(batch)
         if batch.step < int(self.config.critic_from * batch.steps):
             real = 2 * batch.x - 1
+            if self.captions is not None and self.config.contrast:
+                contrast = self._contrast(self.critic.features(real), asked)
+                yield "critic", self.config.contrast * contrast, {"critic contrast": contrast.detach()}
             z, kl = self._codes(real, len(real))
             assert kl is not None
             yield "generator", *self._anew(self._draw(asked, z), real, kl)
@@ -307,32 +320,30 @@ class Model(_protocol.Model):
                 fake = self._draw(condition, self._codes(real, len(real) // 2)[0]).float()
             loss, metrics = self._critic_loss(real, fake, condition)
             if due and self.config.objective == "wgan-gp":
-                penalty = gradient_penalty(self.critic, real, fake, condition)
+                penalty = gradient_penalty(self.critic, real, fake, self._read(condition))
             elif due:
-                penalty = r1_penalty(self.critic, real, condition)
+                penalty = r1_penalty(self.critic, real, self._read(condition))
             if due:
                 loss = loss + weight * penalty
                 metrics["critic penalty"] = penalty.detach()
             yield "critic", loss, metrics
 
-        with _constant(self.critic):
+        with _constant(self.groups()["critic"]):
             loss, metrics = self._generator_loss(2 * batch.x - 1, asked)
         yield "generator", loss, metrics
 
     def _critic_loss(self, real: Tensor, fake: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         critic, loss_of = self.critic, OBJECTIVES[self.config.objective]
-        features, embedded = critic.features(torch.cat([real, fake])), critic.embed(condition)
+        features, embedded = critic.features(torch.cat([real, fake])), critic.embed(self._read(condition))
         features_real, features_fake = features.chunk(2)
         logits_real, logits_fake = (critic.judge(f, embedded).float() for f in (features_real, features_fake))
         loss = loss_of(logits_real, logits_fake)
         metrics = {"critic gap": (logits_real.mean() - logits_fake.mean()).detach()}
-        if embedded is not None and self.captions is not None:
+        if self.captions is not None:
             wrong, is_wrong = _text.wrong_captions(condition)
-            embedded_wrong = critic.embed(wrong)
-            assert embedded_wrong is not None
-            logits_wrong = critic.judge(features_real, embedded_wrong).float()
+            logits_wrong = critic.judge(features_real, critic.embed(self._read(wrong))).float()
             loss = (loss + loss_of(logits_real, torch.where(is_wrong, logits_wrong, logits_fake))) / 2
-            contrast = _text.contrast(features_real, embedded, condition, embedded_wrong, is_wrong)
+            contrast = self._contrast(features_real, condition)
             loss = loss + self.config.contrast * contrast
             metrics |= {"critic contrast": contrast.detach()}
         return loss, metrics
@@ -342,19 +353,32 @@ class Model(_protocol.Model):
         metrics: dict[str, Tensor] = {}
         z, kl = self._codes(real, len(real) // 2)
         drawn = self._draw(condition, z)
-        features, embedded = critic.features(drawn), critic.embed(condition)
-        logits = critic.judge(features, embedded).float()
+        features = critic.features(drawn)
+        logits = critic.judge(features, critic.embed(self._read(condition))).float()
         loss = F.softplus(-logits).mean() if self.config.objective == "logistic" else -logits.mean()
         if kl is not None:
             anew, metrics = self._anew(drawn[: len(kl)], real[: len(kl)], kl)
             loss = loss + anew
-        if embedded is None or self.captions is None:
-            return loss, metrics
-        wrong, is_wrong = _text.wrong_captions(condition)
-        embedded_wrong = critic.embed(wrong)
-        assert embedded_wrong is not None
-        contrast = _text.contrast(features, embedded, condition, embedded_wrong, is_wrong)
-        return loss + self.config.contrast * contrast, metrics | {"generator contrast": contrast.detach()}
+        if self.captions is not None:
+            contrast = self._contrast(features, condition)
+            loss = loss + self.config.contrast * contrast
+            metrics |= {"generator contrast": contrast.detach()}
+        return loss, metrics
+
+    def _read(self, condition: Tensor) -> Tensor:
+        """What the critic is told: labels (B,) as they are; of captions (B, L) what the text encoder makes of them."""
+        if self.text is None:
+            return condition
+        sentence: Tensor = self.text(condition).sentence
+        return sentence * _text.given(condition)[:, None]
+
+    def _contrast(self, features: Tensor, condition: Tensor) -> Tensor:
+        """How ill images are told by their captions (B, L) among others', and among their own with another word."""
+        altered, says_else = _text.altered_captions(condition, ALTERED)
+        told = self.critic.embed(self._read(torch.cat([condition[:, None], altered], dim=1).flatten(0, 1)))
+        assert told is not None
+        own, wrong = told.view(len(condition), 1 + ALTERED, -1).tensor_split([1], dim=1)
+        return _text.contrast(features, own[:, 0], condition, wrong, says_else)
 
     def _asked(self, batch: Batch) -> Tensor:
         """What the critic is told of a batch: labels (B,), or ids of captions (B, L), now and then hidden."""
@@ -434,24 +458,20 @@ def _generator(config: Config, space: ImageSpace) -> ResidualGenerator | StyleGe
         )
     told: nn.Embedding | TextEncoder | None = None
     if space.captions:
-        told = _text_encoder(config)
+        told = TextEncoder(config.vocabulary, config.caption_length, config.text_width, config.text_layers)
     elif space.classes:
         told = nn.Embedding(space.classes, config.embedding)
     return StyleGenerator(space.shape, channels, latent, latent, config.mapping_layers, told)
 
 
-def _text_encoder(config: Config) -> TextEncoder:
-    return TextEncoder(config.vocabulary, config.caption_length, config.text_width, config.text_layers)
-
-
 @contextmanager
-def _constant(module: nn.Module) -> Iterator[None]:
-    """The module's weights are constants here: what is computed with them leaves no gradient on them."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    for p in parameters:
+def _constant(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """They are constants here: what is computed with them leaves no gradient on them."""
+    changed = [p for p in parameters if p.requires_grad]
+    for p in changed:
         p.requires_grad_(False)
     try:
         yield
     finally:
-        for p in parameters:
+        for p in changed:
             p.requires_grad_(True)

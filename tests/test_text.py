@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from models import gan
 from models._captions import PADDING
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
-from models._text import SHARPNESS, Attend, TextEncoder, contrast, given, wrong_captions
+from models._text import SHARPNESS, Attend, TextEncoder, altered_captions, contrast, given, wrong_captions
 
 SPACE = ImageSpace(8, 8, 3, captions=True)
 CAPTIONS = ("a red circle", "two blue squares", "a red circle above a blue square", "a blue square above a red circle")
@@ -100,9 +101,9 @@ def test_every_resolution_but_the_finest_looks_at_the_words() -> None:
 def test_no_caption_is_drawn_and_judged() -> None:
     m = model()
     assert draw(m, None).isfinite().all()
-    x, nothing = batch().x, m.captions.encode([None] * 4)
+    x, nothing = batch().x, m._read(m.captions.encode([None] * 4))
     torch.testing.assert_close(m.critic(x, nothing), m.critic.output(m.critic.features(x))[:, 0])
-    told = m.captions.encode(CAPTIONS)
+    told = m._read(m.captions.encode(CAPTIONS))
     difference = m.critic(x, told) - m.critic(x, nothing)
     torch.testing.assert_close(difference, (m.critic.embed(told) * m.critic.features(x)).sum(dim=1))
 
@@ -118,6 +119,32 @@ def test_a_caption_that_is_hidden_teaches_what_no_caption_is() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- wrong captions
+
+
+def test_an_altered_caption_has_another_word_that_stands_after_the_same_one_elsewhere() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(1, 6, (40, 7))
+    ids[::2, 5:] = PADDING
+    ids[::10] = PADDING
+    altered, says_else = altered_captions(ids, 5)
+    assert altered.shape == (40, 5, 7)
+    seen = {(a, b) for row in ids.tolist() for a, b in pairwise([-1, *row]) if b != PADDING}
+    assert not says_else[::10].any()
+    assert says_else.float().mean() > 0.8
+    for row, others, yes in zip(ids.tolist(), altered.tolist(), says_else.tolist(), strict=True):
+        for other, is_else in zip(others, yes, strict=True):
+            at = [k for k in range(7) if row[k] != other[k]]
+            assert len(at) == is_else
+            assert all((other[k - 1] if k else -1, other[k]) in seen for k in at)
+            assert [token == PADDING for token in other] == [token == PADDING for token in row]
+    places = (altered != ids[:, None]).any(dim=0).any(dim=0)
+    assert places.all()
+
+
+def test_a_caption_whose_words_stand_in_no_other_place_is_not_altered() -> None:
+    altered, says_else = altered_captions(torch.tensor([[3, 4, 0], [3, 4, 0]]), 3)
+    assert not says_else.any()
+    assert (altered == torch.tensor([3, 4, 0])).all()
 
 
 def test_wrong_captions_are_wrong_in_two_ways() -> None:
@@ -145,24 +172,26 @@ def test_equal_captions_are_not_wrong() -> None:
 
 def test_contrast_in_closed_form() -> None:
     """n equal cosines: log n. Own caption at 1, all others at 0: log(1 + (n − 1) e^−sharpness)."""
-    b = 5
+    b, n = 5, 3
     ids = torch.arange(1, b + 1)[:, None]
-    eye, ones = torch.eye(b), torch.ones(b, b)
-    no, yes = torch.zeros(b, dtype=torch.bool), torch.ones(b, dtype=torch.bool)
-    assert contrast(ones, ones, ids, ones, no).item() == pytest.approx(math.log(b), rel=1e-5)
-    assert contrast(ones, ones, ids, ones, yes).item() == pytest.approx(math.log(b + 1), rel=1e-5)
-    told = contrast(3 * eye, 0.2 * eye, ids, eye.roll(1, dims=0), yes).item()
-    assert told == pytest.approx(math.log(1 + b * math.exp(-SHARPNESS)), abs=1e-6)
+    eye, ones, wrong = torch.eye(b), torch.ones(b, b), torch.ones(b, n, b)
+    no, yes = torch.zeros(b, n, dtype=torch.bool), torch.ones(b, n, dtype=torch.bool)
+    assert contrast(ones, ones, ids, wrong, no).item() == pytest.approx(math.log(b), rel=1e-5)
+    assert contrast(ones, ones, ids, wrong, yes).item() == pytest.approx(math.log(b + n), rel=1e-5)
+    assert contrast(ones, ones, ids, wrong, yes & (torch.arange(n) < 1)).item() == pytest.approx(math.log(b + 1))
+    apart = eye.roll(1, dims=0)[:, None].expand(b, n, b)
+    told = contrast(3 * eye, 0.2 * eye, ids, apart, yes).item()
+    assert told == pytest.approx(math.log(1 + (b + n - 1) * math.exp(-SHARPNESS)), abs=1e-6)
 
 
 def test_contrast_leaves_out_the_same_caption_and_images_without_one() -> None:
-    ones, no = torch.ones(4, 3), torch.zeros(4, dtype=torch.bool)
+    ones, wrong, no = torch.ones(4, 3), torch.ones(4, 1, 3), torch.zeros(4, 1, dtype=torch.bool)
     ids = torch.tensor([[1], [1], [2], [PADDING]])
     # Images 0 and 1 share a caption: each sees its own and image 2's; image 2 sees three; image 3 has none to tell.
     expected = (math.log(2) + math.log(2) + math.log(3)) / 3
-    assert contrast(ones, ones, ids, ones, no).item() == pytest.approx(expected, rel=1e-5)
+    assert contrast(ones, ones, ids, wrong, no).item() == pytest.approx(expected, rel=1e-5)
     features = torch.randn(4, 3, requires_grad=True)
-    nothing = contrast(features, torch.zeros(4, 3), torch.zeros_like(ids), ones, no)
+    nothing = contrast(features, torch.zeros(4, 3), torch.zeros_like(ids), wrong, no)
     assert nothing.item() == 0
     assert torch.autograd.grad(nothing, features)[0].isfinite().all()
 
@@ -176,9 +205,10 @@ def test_a_wrong_caption_counts_as_drawn() -> None:
     loss, _ = m._critic_loss(real, fake, condition)
     torch.manual_seed(2)
     wrong, is_wrong = wrong_captions(condition)
-    logits = m.critic(real, condition), m.critic(fake, condition), m.critic(real, wrong)
-    told = torch.where(is_wrong, logits[2], logits[1])
-    expected = gan.hinge_loss(*logits[:2]) + gan.hinge_loss(logits[0], told)
+    told, told_wrong = m._read(condition), m._read(wrong)
+    logits = m.critic(real, told), m.critic(fake, told), m.critic(real, told_wrong)
+    counted = torch.where(is_wrong, logits[2], logits[1])
+    expected = gan.hinge_loss(*logits[:2]) + gan.hinge_loss(logits[0], counted)
     torch.testing.assert_close(loss, expected / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -191,6 +221,23 @@ def test_each_loss_reaches_its_own_group_only(objective: str) -> None:
         own = torch.autograd.grad(loss, groups[group], retain_graph=True, allow_unused=True)
         assert all(g is not None and g.isfinite().all() for g in own)
         assert all(g is None for g in torch.autograd.grad(loss, other, allow_unused=True))
+
+
+def test_captions_are_read_by_one_encoder_that_the_critic_teaches() -> None:
+    """Also while there is nothing to judge: then by contrast alone, and the judgement waits."""
+    m = model(reconstruction=1.0, critic_from=0.5, caption_dropout=0.0).requires_grad_(True)
+    text = {id(p) for p in m.text.parameters()}
+    groups = m.groups()
+    assert text <= {id(p) for p in groups["critic"]}
+    assert not text & {id(p) for p in groups["generator"]}
+    early = list(m.objective(dataclasses.replace(batch(step=4), steps=10)))
+    assert [group for group, *_ in early] == ["critic", "generator"]
+    (_, matching, _), (_, anew, _) = early
+    every = torch.autograd.grad(matching, list(m.text.parameters()), retain_graph=True)
+    assert all(g.abs().sum() > 0 for g in every)
+    judging = [*m.critic.output.parameters()]
+    assert all(g is None for g in torch.autograd.grad(matching, judging, allow_unused=True, retain_graph=True))
+    assert all(g is None for g in torch.autograd.grad(anew, groups["critic"], allow_unused=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- learning
