@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import models.dalle
 import models.gan
+import models.pixelcnn
 from training.config import AdamW, Run
 
 
@@ -59,4 +60,24 @@ def text_gan() -> Run:
         clip=None,
         storage="fp16",
         channels_last=True,
+    )
+
+
+def pixelcnn() -> Run:
+    """Gated PixelCNN in colour, nine dilated layers, blind to captions, to find faults with: 16 CPU minutes of one
+    thread.
+
+    Reached 0.233 bits/dim on the 5,000 test images. Heat maps find faults of colour and texture and scratches, less
+    surely those of shape (docs/anomalies.md). Samples have the colours of the pictures and no shapes, so that it is no
+    model to draw with.
+    """
+    return Run(
+        family="pixelcnn",
+        config=models.pixelcnn.Config(features=32, hidden=48, embedding=16),
+        data="shapes",
+        steps=2_500,
+        batch_size=16,
+        optimisers={"pixelcnn": AdamW(lr=6e-3)},
+        channels_last=True,
+        storage="fp16",
     )
