@@ -35,7 +35,8 @@ WGAN-GP has `penalty_every = 1`.
     z           z                   latent code, (B, latent), standard normal
     y           condition           class (B,), or the tokens of a caption (B, L)
     φ           features            the critic's features, (B, channels)
-    ψ, e_y      output, embed       its linear reading and its embedding of y:  D(x, y) = ψ(φ(x)) + ⟨e_y, φ(x)⟩
+    ψ, e_y      output, embed       its linear reading and its embedding of y:  D(x, y) = ψ(φ(x)) + ⟨e_y, φ(x)⟩, of
+                                    captions ψ(φ(x)) + 10 cos(e_y, φ(x))
     γ, λ        penalty             weight of R1, of the gradient penalty
 
 Temperature is truncation, of z by scaling it or of the style (`models._style`). At 0 every seed gives one central image
@@ -218,9 +219,14 @@ class Critic(nn.Module):
         return embedded
 
     def judge(self, features: Tensor, embedded: Tensor | None) -> Tensor:
-        """ψ(φ) + ⟨e_y, φ⟩, (B,)"""
+        """ψ(φ) + ⟨e_y, φ⟩, (B,). Of captions, ⟨·, ·⟩ is what `models._text.contrast` compares, whose training bounds no
+        length of either."""
         logit: Tensor = self.output(features)[:, 0]
-        return logit if embedded is None else logit + (embedded * features).sum(dim=1)
+        if embedded is None:
+            return logit
+        if self.project is not None:
+            return logit + _text.SHARPNESS * F.cosine_similarity(embedded.float(), features.float())
+        return logit + (embedded * features).sum(dim=1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.judge(self.features(x), self.embed(y))

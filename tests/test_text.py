@@ -105,7 +105,18 @@ def test_no_caption_is_drawn_and_judged() -> None:
     torch.testing.assert_close(m.critic(x, nothing), m.critic.output(m.critic.features(x))[:, 0])
     told = m._read(m.captions.encode(CAPTIONS))
     difference = m.critic(x, told) - m.critic(x, nothing)
-    torch.testing.assert_close(difference, (m.critic.embed(told) * m.critic.features(x)).sum(dim=1))
+    embedded, features = m.critic.embed(told), m.critic.features(x)
+    cosine = (embedded * features).sum(dim=1) / embedded.norm(dim=1) / features.norm(dim=1)
+    torch.testing.assert_close(difference, SHARPNESS * cosine)
+
+
+def test_matching_that_is_learnt_before_leaves_judgement_its_scale() -> None:
+    """Contrast bounds no length of features or captions; what is judged stays near the hinge's margin."""
+    m = model()
+    x, told = batch().x, m._read(m.captions.encode(CAPTIONS))
+    before = m.critic(x, told)
+    m.critic.project.weight.mul_(1000.0)
+    torch.testing.assert_close(m.critic(x, told), before)
 
 
 def test_a_caption_that_is_hidden_teaches_what_no_caption_is() -> None:
