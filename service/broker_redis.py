@@ -9,6 +9,7 @@
     {drawwell}:blob:<uuid>            a payload too large to stand in the way of others
     {drawwell}:active, queued         what has not ended: by the time at which it is over, and the sum of its work
     {drawwell}:waiting                what no worker has yet: of each line its jobs and steps
+    {drawwell}:unclaimed              a set: the ids of those jobs; autoscalers read its size
     {drawwell}:key:<key>              idempotency: which job stands for it
     {drawwell}:worker:<name>          what a worker announced; it expires. Also the channel of its cancellations
     {drawwell}:workers                a set: the names of those

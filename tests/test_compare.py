@@ -27,8 +27,8 @@ MEASURED: dict[str, dict[str, Any]] = {
     "density": {"value": 0.436, "real": 0.998},
     "coverage": {"value": 0.108, "real": 0.971},
     "label_agreement": {"value": 0.7944, "real": 0.9246},
-    "images_per_second_batch_1": {"value": 43.56, "data": "CPU, 1 threads"},
-    "images_per_second_batch_16": {"value": 656.1, "data": "CPU, 1 threads"},
+    "images_per_second_batch_1": {"value": 43.56, "data": "CPU, 1 thread"},
+    "images_per_second_batch_16": {"value": 656.1, "data": "CPU, 1 thread"},
 }
 
 

@@ -336,7 +336,9 @@ def _memorised(copies: quality.Memorisation, data: Dataset) -> Metric:
 
 def _speed(model: Model, seed: int, captions: Sequence[str]) -> dict[str, Metric]:
     """Images per second at the Spec's default settings, for one image at a time and for sixteen."""
-    where = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    processor = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    where = torch.cuda.get_device_name() if model.device.type == "cuda" else processor
     metrics: dict[str, Metric] = {}
     for batch in (1, 16):
         rate, runs = images_per_second(model, draws(model.spec, batch, seed, captions))

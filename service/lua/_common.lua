@@ -29,8 +29,9 @@ end
 
 -- A job begins to wait for a worker, in its place: into its queue and the books of its line; and one worker that waits for
 -- jobs of its model is woken.
-local function wait_for_worker(model, queue, place, tag, line, steps)
+local function wait_for_worker(id, model, queue, place, tag, line, steps)
   redis.call('ZADD', queue, tag, place)
+  redis.call('SADD', P .. 'unclaimed', id)
   redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', 1)
   redis.call('HINCRBY', P .. 'waiting', line .. ' steps', steps)
   local bell = P .. 'bell:' .. model
@@ -39,8 +40,9 @@ local function wait_for_worker(model, queue, place, tag, line, steps)
 end
 
 -- A job waits no longer: out of its queue and the books of its line. -> whether others wait there
-local function wait_no_longer(queue, place, line, steps)
+local function wait_no_longer(id, queue, place, line, steps)
   redis.call('ZREM', queue, place)
+  redis.call('SREM', P .. 'unclaimed', id)
   if redis.call('HINCRBY', P .. 'waiting', line .. ' jobs', -1) > 0 then
     redis.call('HINCRBY', P .. 'waiting', line .. ' steps', -steps)
   else
@@ -59,7 +61,7 @@ local function finish(id, job, lost, first, payloads)
   redis.call('HSET', job_key(id), 'state', 'ended')
   if lost then redis.call('HSET', job_key(id), 'lost', lost) end
   if job.state == 'queued' then
-    wait_no_longer(job.queue, job.place, job.line, job.steps)
+    wait_no_longer(id, job.queue, job.place, job.line, job.steps)
   elseif job.state == 'running' then
     redis.call('XACK', running_key(job.model), 'workers', job.entry)
     redis.call('XDEL', running_key(job.model), job.entry)

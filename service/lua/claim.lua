@@ -46,7 +46,7 @@ for k, best in ipairs(found) do
   local _, id, place, tag, queue, model = unpack(best)
   local job = read(id, 'job', 'attempt', 'submitted', 'deaths', 'deaths_alone', 'history', 'line', 'steps')
   if job.job then
-    local others = wait_no_longer(queue, place, job.line, job.steps)
+    local others = wait_no_longer(id, queue, place, job.line, job.steps)
     if others then
       local clock = math.max(tonumber(redis.call('GET', queue .. ':clock') or '0'), tag)
       redis.call('SET', queue .. ':clock', clock)
@@ -58,5 +58,6 @@ for k, best in ipairs(found) do
     return given
   end
   redis.call('ZREM', queue, place) -- somebody deleted its record: it must not come first for ever
+  redis.call('SREM', P .. 'unclaimed', id)
 end
 return false

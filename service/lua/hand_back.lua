@@ -10,7 +10,7 @@ for k = 3, #ARGV, 2 do
       redis.call('XACK', running_key(job.model), 'workers', job.entry)
       redis.call('XDEL', running_key(job.model), job.entry)
       redis.call('HSET', job_key(id), 'state', 'queued', 'attempt', job.attempt - 1, 'worker', '')
-      wait_for_worker(job.model, job.queue, job.place, job.tag, job.line, job.steps)
+      wait_for_worker(id, job.model, job.queue, job.place, job.tag, job.line, job.steps)
       count = count + 1
     end
   end

@@ -22,7 +22,7 @@ local place = string.format('%016d %d %s %s', redis.call('INCR', P .. 'places'),
 redis.call('HSET', job_key(id), 'job', job, 'queue', queue, 'model', model, 'priority', priority, 'units', units,
   'home', home, 'keep', keep, 'state', 'queued', 'attempt', 0, 'deaths', 0, 'deaths_alone', 0, 'told', 0,
   'submitted', time, 'line', line, 'steps', steps, 'place', place, 'tag', tag)
-wait_for_worker(model, queue, place, tag, line, steps)
+wait_for_worker(id, model, queue, place, tag, line, steps)
 redis.call('INCRBY', P .. 'queued', units)
 redis.call('ZADD', P .. 'active', time + timeout + 5000, id) -- its worker is to say first that it is too late
 if same ~= '' then
