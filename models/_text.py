@@ -115,8 +115,8 @@ def given(ids: Tensor) -> Tensor:
 def altered_captions(ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Of each caption n others (B, n, L), from torch's global generator, and which of them say something else (B, n).
 
-    One token is exchanged for one that stands after the same token in another caption of the batch, if any does: so
-    what is wrong is a word, not the language, and the meaning of the words' order has to be learnt (arXiv 2210.01936).
+    One token is exchanged for another that stands after the same token somewhere in the batch, if one does: so what is
+    wrong is a word, not the language, and the meaning of the words' order has to be learnt (arXiv 2210.01936).
     """
     b, length = ids.shape
     device = ids.device

@@ -346,7 +346,7 @@ def assert_tidy(made: Pool, ids: list[str]) -> None:
         assert finals == 1, f"{job_id} was answered {finals} times"
         assert told[-1][1][b"f"] == b"1", "and nothing was told after that"
         assert len(told) < 5000
-    assert store.hlen("{drawwell}:waiting") == 0
+    assert store.hlen("{drawwell}:waiting") == store.scard("{drawwell}:unclaimed") == 0
     assert list(store.scan_iter("{drawwell}:q:*")) == []
     for stream in store.smembers("{drawwell}:streams"):  # type: ignore[union-attr]
         assert store.xlen(stream) == 0

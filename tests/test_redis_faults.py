@@ -68,6 +68,7 @@ async def test_a_command_whose_answer_was_lost_may_be_sent_again(
         assert await broker.queued_units() == 0
         with Redis(port=kind.server.port) as client:
             assert client.zcard("{drawwell}:active") == client.hlen("{drawwell}:waiting") == 0
+            assert client.scard("{drawwell}:unclaimed") == 0
             assert not list(client.scan_iter("{drawwell}:q:*"))
 
 
