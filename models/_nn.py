@@ -215,8 +215,8 @@ def guided(
     twice = concerned((labels >= 0) & (scale != 1))
     if len(twice) == 0:
         return network(x, t, labels)
-    if len(x) % _rows.ROW_MULTIPLE == 0:
-        twice = _rows.filled(twice)
+    if len(x) % _rows.ROW_MULTIPLE == 0 or len(x) < _rows.ROW_MULTIPLE:
+        twice = _rows.filled(twice, min(_rows.ROW_MULTIPLE, len(x)))
     both = network(torch.cat([x, x[twice]]), torch.cat([t, t[twice]]), torch.cat([labels, torch.full_like(twice, -1)]))
     conditional, unconditional = both[: len(x)], both[len(x) :]
     strength = scale[twice].view(-1, *(1,) * (x.dim() - 1))

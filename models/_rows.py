@@ -55,9 +55,9 @@ def pad(rows: R, size: int) -> R:
     return cast(R, _map(lambda part: torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]), rows))
 
 
-def filled(index: Tensor) -> Tensor:
-    """Indices, the last one repeated until their number is a multiple of `ROW_MULTIPLE`; none stay none."""
-    missing = -len(index) % ROW_MULTIPLE
+def filled(index: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:
+    """Indices, the last one repeated until their number is a multiple of so many; none stay none."""
+    missing = -len(index) % multiple
     return index if missing == 0 else torch.cat([index, index[-1:].expand(missing)])
 
 

@@ -6,9 +6,9 @@ step, and where a step costs by the row, larger ones would not be worth their wa
 from them (`service.scheduler.Cost`).
 
 Floats are compared bit for bit: every column of the rows after a step, and what is to be seen of them. Where they are
-the same for every multiple of `_rows.ROW_MULTIPLE` that was tried, a batch is filled up to such a multiple; a lone row
-is not, where it, too, was seen to come out the same, to the end of a short chain. Where multiples differ, every batch
-has one size.
+the same for every multiple of `_rows.ROW_MULTIPLE` that was tried, a batch is filled up to such a multiple; fewer rows
+than the least of them are not, where they, too, were seen to come out the same, to the end of a short chain. Where
+multiples differ, every batch has one size.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 CANONICAL_ROWS = 16  # of every batch on a CPU, where sizes are not alike
 LONGEST_STEP = 0.5  # seconds
 LOOKED_AT = 4  # steps after which images are compared, where pixels decide
-SLOW = 0.1  # seconds of a step, from which on a lone row is compared with others after a single one
-FOLLOWED = 0.5  # seconds for which it is followed where steps are faster: as a rule to their end
+SLOW = 0.1  # seconds of a step, from which on few rows are compared with more after a single one
+FOLLOWED = 0.5  # seconds for which they are followed where steps are faster: as a rule to their end
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def tried(
     if top < max_rows:
         log.info("%s: more than %d rows would take longer than %g s a step", program.name, top, LONGEST_STEP)
     exact = all(trial.same(size, top) for size in trial.after if size % few == 0)
-    alike = frozenset({1} if exact and trial.alone(min(few, top)) else ())
+    alike = trial.alike(min(few, top)) if exact else frozenset[int]()
     if determinism == "pixels" and isinstance(program, Drawing) and top >= few:
         small = [size for size in range(1, few + 1) if size not in alike]
         expected = _shown(program, top)
@@ -128,22 +128,23 @@ class _Trial:
         """Whether a step over so many rows gave them the same floats as one over more."""
         return self._equal(self.after[size], self.after[top], size)
 
-    def alone(self, more: int) -> bool:
-        """Whether a lone row comes out as in batches of `more`: to the end of a short chain, or as far as that can be
-        followed; of requests without a condition too, which a model may treat otherwise."""
+    def alike(self, more: int) -> frozenset[int]:
+        """Sizes below it in which rows come out as in batches of `more`: to the end of a short chain, or as far as that
+        can be followed; of requests without a condition too, which a model may treat otherwise."""
         slow = self._pace[more] >= SLOW
-        if more == 1 or not self.same(1, more):
-            return False
-        ways = ([] if slow else [False]) + ([True] if self._program.has_plain else [])
-        for plain in ways:
-            one, many = (self._program.warm(size, plain, short=True) for size in (1, more))
-            for _ in range(1 if slow else max(2, int(FOLLOWED / (2 * self._pace[more] + 1e-6)))):
-                if int(many.left.min()) <= 0:
+        for size in range(1, more):
+            if size not in self.after:
+                self._step(size)
+        sizes = [size for size in range(1, more) if self.same(size, more)]
+        for plain in ([] if slow else [False]) + ([True] if self._program.has_plain else []):
+            chains = {size: self._program.warm(size, plain, short=True) for size in (*sizes, more)}
+            each = sum(self._pace[size] for size in chains)
+            for _ in range(1 if slow else max(2, int(FOLLOWED / (each + 1e-6)))):
+                if int(chains[more].left.min()) <= 0:
                     break
-                one, many = self._program.step(one), self._program.step(many)
-            if not self._equal(one, many, 1):
-                return False
-        return True
+                chains = {size: self._program.step(rows) for size, rows in chains.items()}
+            sizes = [size for size in sizes if self._equal(chains[size], chains[more], size)]
+        return frozenset(sizes)
 
     def _step(self, rows: int) -> None:
         for _ in range(self._times):

@@ -150,6 +150,21 @@ def test_only_labelled_rows_with_a_scale_are_evaluated_twice() -> None:
     assert seen == [[0, -1, 2, 1, 1, -1], [0, -1, 2, 1, 1]]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8])
+def test_guidance_of_some_rows_makes_no_batch_of_a_size_that_was_not_tried(rows: int) -> None:
+    """Models are tried with all rows guided, and with none: few rows come to no other sizes than those."""
+    sizes: list[int] = []
+
+    def network(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return x
+
+    for some in range(rows + 1):
+        scale = torch.where(torch.arange(rows) < some, 2.0, 1.0)
+        guided(network, torch.randn(rows, 1, 2, 2), torch.rand(rows), torch.zeros(rows, dtype=torch.int64), scale)
+    assert set(sizes) <= ({rows, 2 * rows} if rows <= 4 else {8, 12, 16})
+
+
 def test_a_model_without_labels_has_no_guidance_and_no_embedding() -> None:
     model = moved(ImageSpace(8, 8, 1))
     assert model.spec.guidance_scale is None

@@ -67,7 +67,7 @@ def test_no_batch_is_larger_than_was_asked_for(max_rows: int) -> None:
     found = try_it(model, max_rows)
     assert found.max_rows == max_rows
     assert max(model.sizes) == -(-max_rows // 4) * 4
-    assert {found.size(rows) for rows in range(1, max_rows + 1)} <= {1, *range(4, 104, 4)}
+    assert {found.size(rows) for rows in range(1, max_rows + 1)} <= {1, 2, 3, *range(4, 104, 4)}
 
 
 class Sensitive(Walk):
@@ -102,15 +102,16 @@ class Sensitive(Walk):
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("after", [1, 2])
 @pytest.mark.parametrize("seen", [True, False])
-@pytest.mark.parametrize("sizes", [set(), {1}])
-def test_a_lone_row_is_filled_up_where_a_bit_was_seen_to_differ(
+@pytest.mark.parametrize("sizes", [set(), {1}, {2}, {1, 3}, {1, 2, 3}])
+def test_few_rows_are_filled_up_where_a_bit_was_seen_to_differ(
     sizes: set[int], labelled: bool, after: int, seen: bool
 ) -> None:
     """In a column of the rows or in the image alone, at once or at the last step, with a condition or without."""
     model = Sensitive(sizes, labelled, after, seen)
     found = tried(Drawing(model), torch.device("cpu"), 32, "exact", lambda: 0.0)
     assert (found.multiple, found.max_rows) == (4, 32)
-    assert found.alike == {1} - sizes
+    assert found.alike == {1, 2, 3} - sizes
+    assert [found.size(rows) for rows in range(1, 6)] == [*(4 if rows in sizes else rows for rows in (1, 2, 3)), 4, 8]
 
 
 def test_every_batch_has_one_size_where_multiples_differ() -> None:
