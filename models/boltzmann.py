@@ -112,7 +112,7 @@ class Model(_protocol.Model, OnePassDensity):
     offset: Tensor  # (2D,) mean statistics of the data
     prior: Tensor  # (classes,) log p(y)
     chain: Tensor  # (chains, units of the odd layers) bool
-    particles: Tensor  # (classes · particles, units of the odd layers) bool
+    particles: Tensor  # (classes · particles, ⌈units of the odd layers / 8⌉), the bits of each byte from the lowest up
     log_z: Tensor  # (3, classes) log Z by annealing forwards and backwards, and the standard error of the former
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
@@ -143,7 +143,8 @@ class Model(_protocol.Model, OnePassDensity):
         self.register_buffer("offset", torch.zeros(sizes[0]))
         self.register_buffer("prior", torch.full((self.conditions,), -math.log(self.conditions)))
         self.register_buffer("chain", torch.rand(config.chains // self.conditions * self.conditions, odd) < 0.5)
-        self.register_buffer("particles", torch.rand(self.conditions * config.particles, odd) < 0.5)
+        anything = torch.rand(self.conditions * config.particles, odd) < 0.5
+        self.register_buffer("particles", bytes_of(anything))
         self.register_buffer("log_z", torch.zeros(3, self.conditions, dtype=torch.float64))
 
     # ---- the machine
@@ -341,7 +342,7 @@ class Model(_protocol.Model, OnePassDensity):
             states = self.draw(0, self.unpack(self.chain[chains % len(self.chain)]), labels, 1.0, uniforms)
         for _ in range(self.config.temperatures):
             states = transition(states, 1.0)
-        self.particles.copy_(self.pack(self.draw(1, states, labels, 1.0, uniforms)))
+        self.particles.copy_(bytes_of(self.pack(self.draw(1, states, labels, 1.0, uniforms))))
         backward, _ = _annealing.anneal(states, betas[::-1], log_f, transition)
 
         base = self.base.double()
@@ -356,14 +357,15 @@ class Model(_protocol.Model, OnePassDensity):
         device, b, m = self.device, len(draws), self.config.particles
         seed = _random.seed_bits([d.seed for d in draws], device)
         sample = torch.tensor([d.sample for d in draws], dtype=torch.int64, device=device)
-        start = _random.uniform(seed, sample, 0, _START, (2 + self.particles.shape[1],)).double()
+        odd = sum(self.config.hidden[::2])
+        start = _random.uniform(seed, sample, 0, _START, (2 + odd,)).double()
         upto = self.prior.double().exp().cumsum(dim=0)
         drawn = torch.searchsorted(upto / upto[-1], start[:, 0].contiguous()).clamp(max=self.conditions - 1)
         asked = torch.tensor([d.label for d in draws], device=device)
         label = torch.where(asked < 0, drawn, asked) if self.top is not None else torch.zeros_like(asked)
         annealed = torch.tensor([d.solver == "annealed" for d in draws], device=device)
         steps = torch.tensor([d.steps for d in draws], device=device)
-        stored = self.particles[label * m + (start[:, 1] * m).long()]
+        stored = bits_of(self.particles[label * m + (start[:, 1] * m).long()], odd)
         states = self.unpack(torch.where(annealed[:, None], start[:, 2:] < 0.5, stored))
         return GibbsRows(
             tick=torch.zeros(b, dtype=torch.int64, device=device),
@@ -445,6 +447,17 @@ class Model(_protocol.Model, OnePassDensity):
 def _bits(on: Tensor, dtype: torch.dtype) -> Tensor:
     """Bits as states ±½."""
     return on.to(dtype) - 0.5
+
+
+def bytes_of(bits: Tensor) -> Tensor:
+    """Bits (B, N) bool, eight in a byte: (B, ⌈N / 8⌉) uint8."""
+    filled = F.pad(bits, (0, -bits.shape[1] % 8)).long().unflatten(1, (-1, 8))
+    return (filled << torch.arange(8, device=bits.device)).sum(dim=2, dtype=torch.uint8)
+
+
+def bits_of(packed: Tensor, n: int) -> Tensor:
+    """The inverse of `bytes_of`: (B, n) bool."""
+    return (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).flatten(1)[:, :n].bool()
 
 
 def _check(config: Config, space: ImageSpace) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models import _grey, _random
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
-from models.boltzmann import Config, GibbsRows, Model, States
+from models.boltzmann import Config, GibbsRows, Model, States, bits_of, bytes_of
 
 TWO = ImageSpace(width=2, height=1, channels=1, labels=("a", "b"))
 machines = pytest.mark.parametrize("hidden", [(4,), (3, 2), (3, 2, 2)])
@@ -194,10 +194,20 @@ def test_annealing_in_a_few_steps_errs_to_the_side_that_it_should(hidden: tuple[
         for _ in range(100):
             model.conclude([])
             found.append(model.log_z[:2].clone())
-            model.chain.copy_(model.particles.view(2, 5, -1).transpose(0, 1).flatten(0, 1))  # chains go on
+            arrived = bits_of(model.particles, model.chain.shape[1])
+            model.chain.copy_(arrived.view(2, 5, -1).transpose(0, 1).flatten(0, 1))  # chains go on
     mean = torch.stack(found[10:]).mean(dim=0)
     assert (mean[0] < log_z(model)).all()
     assert (mean[1] > log_z(model)).all()
+
+
+@pytest.mark.parametrize("units", [1, 7, 8, 9, 300])
+def test_bits_are_kept_eight_in_a_byte(units: int) -> None:
+    bits = torch.rand(20, units) < 0.5
+    kept = bytes_of(bits)
+    assert kept.dtype == torch.uint8
+    assert kept.shape == (20, -(-units // 8))
+    assert torch.equal(bits_of(kept, units), bits)
 
 
 # ------------------------------------------------------------------------------------------------------------- learning
