@@ -429,6 +429,15 @@ def test_restarts_lie_in_order_within_the_run(restarts: tuple[int, ...]) -> None
         toy_run(warmup=5, steps=60, restarts=restarts)
 
 
+def test_restarts_move_along_with_the_number_of_steps() -> None:
+    run = toy_run(warmup=5, steps=60, restarts=(30, 50))
+    assert run.lasting(60) == run
+    assert run.lasting(120).restarts == (60, 100)
+    assert run.lasting(8).restarts == (7,), "after 4, none: it is still warming up"
+    assert run.lasting(1).restarts == ()
+    assert run.lasting(0).steps == 0
+
+
 def linear_pull(model: Model, batch: Batch) -> Objective:
     """A loss with gradient 1 on every weight of each group: Adam without memory then steps by the learning rate."""
     yield "conv", model.conv.weight.sum(), {}

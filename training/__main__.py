@@ -67,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--data-dir", type=Path, help="folder with the data set (default: $DRAWWELL_DATA, else downloaded)"
     )
-    run.add_argument("--steps", type=int, help="train for another number of steps than the recipe says")
+    run.add_argument(
+        "--steps",
+        type=int,
+        help="train for another number of steps than the recipe says; what it does midway moves along",
+    )
     run.add_argument("--accelerator", default="auto", choices=("auto", "cpu", "cuda"))
     run.add_argument(
         "--devices",
@@ -146,8 +150,10 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if args.recipe not in known:
         raise RunError(f"recipe: no recipe {args.recipe!r}; there are {', '.join(sorted(known))}")
     run = known[args.recipe]()
-    changes = {name: value for name in ("steps", "data") if (value := getattr(args, name)) is not None}
-    run = dataclasses.replace(run, **changes)
+    if args.steps is not None:
+        run = run.lasting(args.steps)
+    if args.data is not None:
+        run = dataclasses.replace(run, data=args.data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     out: Path = args.out or Path("runs") / args.recipe

@@ -54,5 +54,12 @@ class Run:
         if self.clip is not None and not self.clip > 0:
             raise RunError(f"clip: {self.clip}; above 0, or None not to clip")
 
+    def lasting(self, steps: int) -> Run:
+        """The same run of another number of steps: its restarts come after the same share of them, or not at all where
+        that is in the warm-up."""
+        moved = {round(step * steps / self.steps) for step in self.restarts}
+        restarts = tuple(step for step in sorted(moved) if self.warmup < step < steps)
+        return dataclasses.replace(self, steps=steps, restarts=restarts)
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
