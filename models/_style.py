@@ -175,7 +175,7 @@ class StyleGenerator(nn.Module):
         vector, text = self._look_up(condition, z)
         w = self.mapping(z, vector)
         if temperature is not None:
-            psi = temperature[:, None]
+            psi = temperature[:, None].to(w.dtype)  # styles are less than float32 under autocast
             w = torch.where(psi == 1, w, torch.lerp(self._mean_style(vector), w, psi))
         x = self.start.expand(len(z), -1, -1, -1)
         if self.layout is not None:

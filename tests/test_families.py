@@ -18,7 +18,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 import models
-from models import _checkpoint, _rows
+from models import _checkpoint, _modes, _rows
 from models._protocol import UNLABELLED, Autoencoder, Batch, Denoiser, Density, Draw, ImageSpace, Localiser, Model, Rows
 from service.engine import Engine
 from service.messages import Completed, Generate, ImageDone, MapImages, Mapped, Message, Scored, ScoreImages
@@ -384,6 +384,22 @@ def test_a_model_is_read_only(name: str, make: Callable[[str], Model]) -> None:
             model.log_prob(pictures(2, model.spec.image))
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key
+
+
+@families
+@torch.inference_mode()
+def test_networks_that_drawing_calls_run_in_bfloat16_too(name: str, make: Callable[[str], Model]) -> None:
+    model = make(name)
+    try:
+        calls = _modes.called(model)
+    except _modes.NotApplicable:
+        return  # it draws by no network of tensors: the server says so, and draws in float32
+    for network, args in calls.items():
+        call = model.networks()[network]
+        low, plain = (_modes.flat(found) for found in (_modes.Autocast(call, model.device)(*args), call(*args)))
+        assert [(part.dtype, part.shape) for part in low] == [(part.dtype, part.shape) for part in plain]
+        for found, expected in zip(low, plain, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
 
 
 @densities

@@ -33,9 +33,9 @@ def text_gan() -> Run:
     anew from their layouts, while the critic learns to match pictures and captions, then by that critic too (hinge,
     lazy R1).
 
-    Not measured yet. With a text encoder for each network, one altered caption for a picture and 10,500 steps (85 CPU
-    minutes of one thread), 36 % of 1,000 samples for held-out captions had arrangement, counts, colours and shapes all
-    right: 78 % of 236 with one group, 21 % of 532 with two. Above or below, left or right made no difference to it.
+    Of 1,000 samples for held-out captions 68 % have arrangement, counts, colours and shapes all right, as a network reads
+    them that was trained on the drawn pictures: arrangements 95 %, counts 88 %, shapes 78 %, colours 99 %. 115 CPU minutes
+    of one thread.
     """
     return Run(
         family="gan",
