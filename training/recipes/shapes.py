@@ -33,9 +33,9 @@ def text_gan() -> Run:
     anew from their layouts, while the critic learns to match pictures and captions, then by that critic too (hinge,
     lazy R1).
 
-    Of 1,000 samples for held-out captions 68 % have arrangement, counts, colours and shapes all right, as a network reads
-    them that was trained on the drawn pictures: arrangements 95 %, counts 88 %, shapes 78 %, colours 99 %. 115 CPU minutes
-    of one thread.
+    Of 1,000 samples for held-out captions 68 % have arrangement, counts, colours and shapes all right, as a network
+    reads them that was trained on the drawn pictures: arrangements 95 %, counts 88 %, shapes 78 %, colours 99 %. 115
+    CPU minutes of one thread.
     """
     return Run(
         family="gan",
