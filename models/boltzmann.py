@@ -451,13 +451,14 @@ def _bits(on: Tensor, dtype: torch.dtype) -> Tensor:
 
 def bytes_of(bits: Tensor) -> Tensor:
     """Bits (B, N) bool, eight in a byte: (B, ⌈N / 8⌉) uint8."""
-    filled = F.pad(bits, (0, -bits.shape[1] % 8)).long().unflatten(1, (-1, 8))
-    return (filled << torch.arange(8, device=bits.device)).sum(dim=2, dtype=torch.uint8)
+    filled = F.pad(bits, (0, -bits.shape[1] % 8)).view(len(bits), -1, 8)
+    return (filled.long() << torch.arange(8, device=bits.device)).sum(dim=2).to(torch.uint8)
 
 
 def bits_of(packed: Tensor, n: int) -> Tensor:
     """The inverse of `bytes_of`: (B, n) bool."""
-    return (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1).flatten(1)[:, :n].bool()
+    each = packed[..., None].long() >> torch.arange(8, device=packed.device)
+    return (each & 1).flatten(1)[:, :n].bool()
 
 
 def _check(config: Config, space: ImageSpace) -> None:
