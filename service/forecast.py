@@ -95,8 +95,9 @@ def _least(job: Job, load: Load, steps_before: float) -> float:
     room_in = _room_in(job, load) if set(load.tenants) <= {job.tenant} else load.first_in
     pace = _full(load) if load.step_seconds > 0 else load.fastest  # without b it was fitted to one size, or to noise
     wait = (room_in + steps_before) * pace - STALE
-    own = load.row_seconds * min(job.rows, load.max_rows) + load.step_seconds  # it may have never had so few rows
-    return max(0.0, wait) + -(-job.rows // load.max_rows) * job.steps * min(load.fastest, own)
+    batches = -(-job.rows // load.max_rows)
+    own = load.row_seconds * job.rows / batches + load.step_seconds  # in the mean; there may have never been so few rows
+    return max(0.0, wait) + batches * job.steps * min(load.fastest, own)
 
 
 def _room_in(job: Job, load: Load) -> int:
