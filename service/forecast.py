@@ -96,7 +96,9 @@ def _least(job: Job, load: Load, steps_before: float) -> float:
     pace = _full(load) if load.step_seconds > 0 else load.fastest  # without b it was fitted to one size, or to noise
     wait = (room_in + steps_before) * pace - STALE
     batches = -(-job.rows // load.max_rows)
-    own = load.row_seconds * job.rows / batches + load.step_seconds  # in the mean; there may have never been so few rows
+    own = (
+        load.row_seconds * job.rows / batches + load.step_seconds
+    )  # in the mean; there may have never been so few rows
     return max(0.0, wait) + batches * job.steps * min(load.fastest, own)
 
 
