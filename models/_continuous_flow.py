@@ -18,7 +18,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ class Flow(Model, Density, Denoiser, Localiser):
         those that are none of `_ode.METHODS`. Raises `ValueError` for a config that does not fit itself or the images.
         """
         super().__init__()
-        _validate(config, space, max_steps)
+        _validate(config, max_steps)
         self.start, self.end, self.score_steps, self.probes = start, end, config.score_steps, config.probes
         self.detail_periods = config.detail_periods
         self.network = UNet(
@@ -182,7 +182,7 @@ class Flow(Model, Density, Denoiser, Localiser):
         trace = f"trace by {config.probes} Hutchinson probes a step" if config.probes else "exact trace"
         self.spec = Spec(
             family=family,
-            image=space,
+            image=replace(space, captions=False),
             steps=Steps("denoising step", min=1, default=config.default_steps, max=max_steps),
             solvers=solvers,
             evaluations=_ode.evaluations(solvers) | evaluations,
@@ -341,9 +341,7 @@ def _weighted(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _validate(config: Config, space: ImageSpace, max_steps: int) -> None:
-    if space.captions:
-        raise ValueError("space.captions: this family reads labels, not captions")
+def _validate(config: Config, max_steps: int) -> None:
     for name in ("channels", "blocks"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)}; it must be at least 1")

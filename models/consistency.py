@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class Model(_protocol.Model):
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
-        _validate(config, space)
+        _validate(config)
         self.config = config
         self.network = UNet(
             in_channels=space.channels * (1 + 2 * len(config.detail_periods)),
@@ -120,7 +120,7 @@ class Model(_protocol.Model):
         )
         self.spec = Spec(
             family="consistency",
-            image=space,
+            image=replace(space, captions=False),
             steps=Steps("denoising step", min=1, default=1, max=config.max_steps),
         )
 
@@ -221,9 +221,7 @@ def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
     return (squared + c**2).sqrt() - c
 
 
-def _validate(config: Config, space: ImageSpace) -> None:
-    if space.captions:
-        raise ValueError("space.captions: this family reads labels, not captions")
+def _validate(config: Config) -> None:
     for name in ("channels", "blocks", "max_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)}; it must be at least 1")

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ class Model(BaseModel, Density, Denoiser, Localiser):
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
-        _validate(config, space)
+        _validate(config)
         self.config = config
         self.channels = space.channels
         self.network = UNet(
@@ -173,7 +173,7 @@ class Model(BaseModel, Density, Denoiser, Localiser):
         self.probes = _denoising.Probes(space.classes)
         self.spec = Spec(
             family="ddpm",
-            image=space,
+            image=replace(space, captions=False),
             steps=Steps("denoising step", min=1, default=config.default_steps, max=config.timesteps),
             solvers=SOLVERS,
             likelihood=Likelihood(
@@ -417,9 +417,7 @@ def log_bin(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return inside
 
 
-def _validate(config: Config, space: ImageSpace) -> None:
-    if space.captions:
-        raise ValueError("space.captions: this family reads labels, not captions")
+def _validate(config: Config) -> None:
     for name in ("channels", "blocks", "timesteps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)}; it must be at least 1")

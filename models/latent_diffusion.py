@@ -25,7 +25,7 @@ cross-attention.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -176,7 +176,7 @@ class Model(_protocol.Model, _protocol.Autoencoder):
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
-        _validate(config, space)
+        _validate(config)
         self.config = config
         sizes = [(space.height, space.width)]
         for _ in config.widths:
@@ -201,7 +201,7 @@ class Model(_protocol.Model, _protocol.Autoencoder):
         self.register_buffer("code_scale", torch.ones(config.code_channels, 1, 1))
         self.spec = Spec(
             family="latent_diffusion",
-            image=space,
+            image=replace(space, captions=False),
             steps=Steps("denoising step", min=1, default=config.default_steps, max=config.timesteps),
             solvers=SOLVERS,
             guidance_scale=Range(0.0, config.guidance_scale, MAX_GUIDANCE) if space.labels else None,
@@ -310,9 +310,7 @@ class Model(_protocol.Model, _protocol.Autoencoder):
         return self.decode(self.code_mean + self.code_scale * rows.memory[0])
 
 
-def _validate(config: Config, space: ImageSpace) -> None:
-    if space.captions:
-        raise ValueError("space.captions: this family reads labels, not captions")
+def _validate(config: Config) -> None:
     for name in ("code_channels", "critic_width", "channels", "blocks", "timesteps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: {getattr(config, name)}; it must be at least 1")

@@ -26,7 +26,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -184,7 +184,7 @@ class VAE(_protocol.Model, _protocol.Density, _protocol.Autoencoder, _protocol.L
         self.config = config
         self.spec = Spec(
             family="vae",
-            image=space,
+            image=replace(space, captions=False),
             steps=Steps(unit="pass"),
             solvers=("mean", "draw"),
             likelihood=Likelihood(

@@ -19,7 +19,7 @@ solver "draw" draws every pixel, which adds noise that is independent given the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class Model(_protocol.Model, OnePassDensity, _protocol.Autoencoder):
         self.label = nn.Parameter(0.5 * torch.randn(space.classes + 1, config.prior_width))
         self.spec = Spec(
             family="vqvae",
-            image=space,
+            image=replace(space, captions=False),
             steps=Steps(unit="token", min=tokens, default=tokens, max=tokens),
             solvers=("median", "draw"),
             likelihood=Likelihood(kind="bound", dequantisation="none", note="the encoder's codes alone"),

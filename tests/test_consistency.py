@@ -307,11 +307,6 @@ def test_a_config_that_makes_no_sense_is_refused_by_field(config: dict[str, Any]
         consistency.Model(consistency.Config(**(TINY | config)), SPACE)
 
 
-def test_captions_are_refused() -> None:
-    with pytest.raises(ValueError, match="captions"):
-        consistency.Model(consistency.Config(**TINY), ImageSpace(8, 8, 3, captions=True))
-
-
 def test_the_recipe_that_learns_from_data_alone_runs(tmp_path: Path) -> None:
     run = dataclasses.replace(recipes()["digits-consistency"](), steps=8, warmup=2, batch_size=16)
     assert run.teacher is None

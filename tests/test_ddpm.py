@@ -606,11 +606,6 @@ def test_a_config_that_cannot_work_is_refused_by_name(wrong: dict[str, Any], say
         ddpm.Model(dataclasses.replace(TINY, **wrong), SPACE)
 
 
-def test_captions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"captions"):
-        ddpm.Model(TINY, ImageSpace(8, 8, 1, captions=True))
-
-
 def test_an_unknown_solver_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"solver: 'euler'; there are ddim, ancestral, dpm-solver\+\+"):
         moved().init([Draw(1, 0, 5, solver="euler")])

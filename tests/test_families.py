@@ -155,6 +155,7 @@ def examples(n: int, space: ImageSpace) -> Batch:
 
 
 families = pytest.mark.parametrize("name", sorted(TINY))
+READERS = ("dalle", "gan")  # families that read captions
 densities = pytest.mark.parametrize("name", [c for c in sorted(TINY) if untrained(c).spec.likelihood is not None])
 
 
@@ -217,6 +218,16 @@ def finish(model: Model, rows: Rows) -> Rows:
 
 def levels(image: torch.Tensor) -> np.ndarray:
     return (image * 255).round().to(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("name", [case for case in sorted(TINY) if case.partition(":")[0] not in READERS])
+def test_captions_are_nothing_to_a_family_that_reads_none(name: str) -> None:
+    """It learns from such images all the same, and its Spec lets nobody ask for a prompt."""
+    config, space = TINY[name]
+    module = family_of(name)
+    model = module.Model(module.Config(**config), dataclasses.replace(space, captions=True))
+    assert not model.spec.image.captions
+    assert "prompt" not in model.spec.to_json()["accepts"]
 
 
 def test_every_family_found_has_a_tiny_configuration() -> None:

@@ -278,11 +278,6 @@ def test_a_config_that_makes_no_sense_is_refused_by_field(config: dict[str, Any]
         latent_diffusion.Model(latent_diffusion.Config(**(TINY | config)), SPACE)
 
 
-def test_captions_are_refused() -> None:
-    with pytest.raises(ValueError, match="captions"):
-        latent_diffusion.Model(latent_diffusion.Config(**TINY), dataclasses.replace(SPACE, labels=(), captions=True))
-
-
 def test_recipes_let_the_learning_rate_descend_anew_where_the_second_stage_begins() -> None:
     runs = [run for run in (make() for make in recipes().values()) if run.family == "latent_diffusion"]
     assert runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import models.dalle
+import models.ddpm
 import models.gan
 import models.pixelcnn
 from training.config import AdamW, Run
@@ -78,6 +79,20 @@ def pixelcnn() -> Run:
         steps=2_500,
         batch_size=16,
         optimisers={"pixelcnn": AdamW(lr=6e-3)},
+        channels_last=True,
+        storage="fp16",
+    )
+
+
+def ddpm() -> Run:
+    """DDPM in colour, blind to captions, v-prediction, cosine schedule, learned variance, to find faults with."""
+    return Run(
+        family="ddpm",
+        config=models.ddpm.Config(),
+        data="shapes",
+        steps=10_000,
+        batch_size=48,
+        optimisers={"network": AdamW(lr=2e-3)},
         channels_last=True,
         storage="fp16",
     )
