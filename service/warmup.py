@@ -2,8 +2,9 @@
 
 Batches grow from one row on, twice as many each time, for as long as a step is expected to take no longer than
 `LONGEST_STEP`. So a slow model is tried in a few seconds, and is served in small batches: others wait for the end of a
-step, and where a step costs by the row, larger ones would not be worth their waiting. What live steps take is learnt
-from them (`service.scheduler.Cost`).
+step, and where a step costs by the row, larger ones would not be worth their waiting. Rows that take one step only, as
+all scores of one pass do, need no places beside each other at all: their batches are no longer than `SHORT_STEP`, but
+where they would cost more by the row. What live steps take is learnt from them (`service.scheduler.Cost`).
 
 Floats are compared bit for bit: every column of the rows after a step, and what is to be seen of them. Where they are
 the same for every multiple of `_rows.ROW_MULTIPLE` that was tried, a batch is filled up to such a multiple; fewer rows
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 CANONICAL_ROWS = 16  # of every batch on a CPU, where sizes are not alike
 LONGEST_STEP = 0.5  # seconds
+SHORT_STEP = 0.1  # seconds
+AS_CHEAP = 1.1  # times what a row costs in the batch where it costs least
 LOOKED_AT = 4  # steps after which images are compared, where pixels decide
 SLOW = 0.1  # seconds of a step, from which on few rows are compared with more after a single one
 FOLLOWED = 0.5  # seconds for which they are followed where steps are faster: as a rule to their end
@@ -74,7 +77,8 @@ def tried(
     top = max(trial.after)  # served in larger batches than these, steps would take too long
     if top < max_rows:
         log.info("%s: more than %d rows would take longer than %g s a step", program.name, top, LONGEST_STEP)
-    exact = all(trial.same(size, top) for size in trial.after if size % few == 0)
+    top = trial.worth_it(few)
+    exact = all(trial.same(size, top) for size in trial.after if size % few == 0 and size < top)
     alike = trial.alike(min(few, top)) if exact else frozenset[int]()
     if determinism == "pixels" and isinstance(program, Drawing) and top >= few:
         small = [size for size in range(1, few + 1) if size not in alike]
@@ -123,6 +127,16 @@ class _Trial:
         before = max(size for size in self._pace if size < largest)
         each = (self._pace[largest] - self._pace[before]) / (largest - before)
         return self._pace[largest] + max(0.0, each) * (rows - largest)
+
+    def worth_it(self, multiple: int) -> int:
+        """The largest batch to serve: of rows that go on after a step, the largest that was tried; of others none that
+        takes long without making rows cheaper. Of sizes that are such multiples, if there are any."""
+        top = max(self.after)
+        if self._pace[top] <= SHORT_STEP or int(self.after[top].left.max()) > 0:
+            return top
+        each = {size: self._pace[size] / size for size in self.after if size % multiple == 0 or top < multiple}
+        cheap = [size for size in sorted(each) if each[size] <= AS_CHEAP * min(each.values())]
+        return next((size for size in cheap if self._pace[size] >= SHORT_STEP), cheap[-1])
 
     def same(self, size: int, top: int) -> bool:
         """Whether a step over so many rows gave them the same floats as one over more."""

@@ -9,7 +9,8 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,9 +22,10 @@ from toys import Config, Walk
 import models
 import training.__main__ as command
 from anomaly import calibration as calibrations
+from anomaly.heatmaps import Maps
 from models import _checkpoint
 from models._protocol import Localiser
-from training import anomaly_page, calibrate, data, detect, detection, scored
+from training import anomalies, anomaly_page, calibrate, data, detect, detection, scored
 from training.detect import CALIBRATED, COMPRESSED, ONE_SIDED, TYPICALITY
 from training.errors import DataError
 
@@ -209,6 +211,25 @@ def test_an_evaluation_writes_its_page_and_goes_on_from_what_it_kept(
     assert again == one
 
 
+def test_masks_are_counted_by_whether_they_show_anything_and_whether_it_is_what_was_changed() -> None:
+    """Four images of 20×20 with a bright spot in one corner, in another, and none; the first corner was changed."""
+    surprise, changed = np.zeros((4, 20, 20)), np.zeros((4, 20, 20), dtype=np.bool_)
+    surprise[0, 2, 2] = surprise[1, 17, 17] = surprise[2, 17, 17] = 1000.0
+    changed[:, :4, :4] = True
+    one = np.ones((1, 20, 20))
+    maps = Maps(0 * one, one, np.arange(100.0) / 100)
+    scorer = SimpleNamespace(
+        calibration=SimpleNamespace(maps=maps), surprise={"test": [surprise[[3]]], "spots": [surprise]}
+    )
+    subject = SimpleNamespace(odd=[anomalies.Odd("spots", np.zeros((4, 1, 20, 20), np.uint8), changed)])
+    found = detect._pixels(cast(Any, scorer), cast(Any, subject))
+    assert (found["sets"]["spots"]["lit"], found["sets"]["spots"]["hit"], found["lit"]) == (0.75, 0.25, 0.0)
+    few = dataclasses.replace(maps, maxima=maps.maxima[:5])
+    scorer.calibration.maps = few
+    found = detect._pixels(cast(Any, scorer), cast(Any, subject))
+    assert (found["sets"]["spots"]["lit"], found["sets"]["spots"]["hit"], found["lit"]) == (None, None, None)
+
+
 @pytest.mark.slow
 def test_an_ensemble_is_measured_by_its_own_calibration_and_pictures_are_drawn(zoo: Path) -> None:
     assert evaluated(zoo, "both", images=30, more=("--pictures",)) == 0
@@ -221,11 +242,14 @@ def test_an_ensemble_is_measured_by_its_own_calibration_and_pictures_are_drawn(z
     assert both["pixels"]["sets"].keys() == {"block swapped"}
     assert 0 <= both["pixels"]["sets"]["block swapped"]["auroc"] <= 1
     assert both["pixels"]["images"] == 30
+    masked = both["pixels"]["sets"]["block swapped"]
+    assert 0 <= masked["hit"] <= masked["lit"] <= 1, "what is hit is lit"
     for name in ("roc", "heatmaps"):
         picture = Image.open(zoo / "page" / f"{name}-both.png")
         assert len(picture.convert("L").getcolors() or []) > 2
     page = (zoo / "page.md").read_text(encoding="utf-8")
     assert "### Heat maps" in page
+    assert f"| both | {both['pixels']['lit']:.4f} | {masked['lit']:.3f} ({masked['hit']:.3f}) |" in page
     assert "](page/roc-both.png)" in page
     assert "](page/heatmaps-both.png)" in page
 

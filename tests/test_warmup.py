@@ -9,8 +9,8 @@ import torch
 from test_engine import SPACE
 from toys import Config, Walk, WalkRows
 
-from models._protocol import UNLABELLED, Draw, Range
-from service.programs import Drawing
+from models._protocol import UNLABELLED, Draw, Range, Score
+from service.programs import Drawing, Scoring
 from service.warmup import CANONICAL_ROWS, LONGEST_STEP, Tried, tried
 
 
@@ -59,6 +59,44 @@ def test_where_a_step_costs_the_same_whatever_its_rows_many_are_taken() -> None:
     assert try_it(Slow(0.0, 0.4)).max_rows == 64
     assert try_it(Slow(0.05)).max_rows == 8
     assert try_it(Slow(0.0, 2.0)).max_rows == 1
+
+
+class SlowScore(Slow):
+    """So is its score, of one step; of more than 16 rows each takes `crowded` times as long."""
+
+    def __init__(self, pace: float, base: float, crowded: float = 1.0) -> None:
+        super().__init__(pace, base)
+        self.crowded = crowded
+
+    def takes(self, rows: int) -> float:
+        return self.base + self.pace * rows * (self.crowded if rows > 16 else 1.0)
+
+    def evaluate(self, x: torch.Tensor, labels: torch.Tensor) -> Score:
+        self.now += self.takes(len(x))
+        return super().evaluate(x, labels)
+
+
+@pytest.mark.parametrize(
+    ("pace", "base", "crowded", "rows"),
+    [
+        (0.02, 0.0, 1.0, 8),  # by the row: nobody gains by more
+        (0.02, 0.004, 1.0, 8),
+        (0.002, 0.0, 1.0, 64),  # as long as a short step
+        (0.001, 0.0, 1.5, 64),  # a short step of any size
+        (0.004, 0.0, 1.5, 16),  # more rows are dearer rows
+        (0.005, 0.05, 1.0, 64),  # long, and worth it
+        (0.0, 0.4, 1.0, 64),
+        (0.2, 0.0, 1.0, 1),  # one row is a long step already
+    ],
+)
+def test_rows_of_one_step_come_in_short_steps_where_longer_ones_make_none_cheaper(
+    pace: float, base: float, crowded: float, rows: int
+) -> None:
+    model = SlowScore(pace, base, crowded)
+    found = tried(Scoring(model), torch.device("cpu"), 64, "exact", model.clock, model.clock)
+    assert found.max_rows == rows
+    chain = Slow(pace, base)
+    assert try_it(chain).max_rows >= rows, "rows that go on need a place each"
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 4, 6, 16, 100])

@@ -91,6 +91,8 @@ def _sections(results: Results, page: Path) -> Iterable[str]:
         if any("pixels" in s for s in scorers.values()):
             yield "### Heat maps: AUROC of pixels, of all images together (mean over images) (higher is better)\n"
             yield from _pixels(scorers, short)
+            yield "### Masks: share of the images of which a pixel is in the mask at α = 0.05 (one that was changed)\n"
+            yield from _masks(scorers, short)
         yield from _pictures(scorers, short, page)
     if apart := {data: entry for data, entry in results.items() if data not in whole}:
         yield "## A class held out of training\n"
@@ -221,9 +223,24 @@ def _pixels(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[st
             f"{cell['auroc']:.3f} ({cell['auroc_by_image']:.3f})" if (cell := found["sets"].get(key)) else NOTHING
             for key in sets
         ]
+        rows.append([short[name], *cells, f"{found['images']:,}"])
+    return _table(["model", *sets, "images"], rows)
+
+
+def _masks(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[str]:
+    measured = {name: s["pixels"] for name, s in scorers.items() if "pixels" in s}
+    sets = list(dict.fromkeys(key for found in measured.values() for key in found["sets"]))
+    rows = []
+    for name, found in measured.items():
+        cells = [
+            f"{cell['lit']:.3f} ({cell['hit']:.3f})"
+            if (cell := found["sets"].get(key, {})).get("lit") is not None
+            else NOTHING
+            for key in sets
+        ]
         lit = NOTHING if found["lit"] is None else f"{found['lit']:.4f}"
-        rows.append([short[name], *cells, f"{found['images']:,}", lit])
-    return _table(["model", *sets, "images", "normal images with any pixel in the mask at α = 0.05"], rows)
+        rows.append([short[name], lit, *cells])
+    return _table(["model", "normal", *sets], rows)
 
 
 def _pictures(scorers: Mapping[str, Any], short: Mapping[str, str], page: Path) -> Iterable[str]:

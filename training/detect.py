@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from anomaly import calibration as calibrations
@@ -43,7 +44,7 @@ NORMAL = "test"
 CALIBRATED, ONE_SIDED, TWO_SIDED, COMPRESSED = "calibrated", "NLL, one-sided", "NLL, two-sided", "compressed size"
 TYPICALITY = "NLL, typicality"
 ENSEMBLE = "ensemble"
-LIT = 0.05  # α of the masks that are counted on normal images
+LIT = 0.05  # α of the masks that are counted
 
 Described = list[calibrations.Described]
 
@@ -267,17 +268,26 @@ def heights(scorer: Scorer, name: str) -> Floats:
 
 
 def _pixels(scorer: Scorer, subject: Subject) -> dict[str, Any]:
-    """How well maps tell which pixels are anomalous; and how many normal images have any pixel in their mask."""
+    """How well maps tell which pixels are anomalous; and of how many images, normal ones too, any pixel is in the mask
+    (`lit`), and one that is anomalous (`hit`)."""
     maps = scorer.calibration.maps
     assert maps is not None
-    found = {}
+    k, found = maps.rank(LIT, None), {}
     for odd in subject.odd:
         if odd.masks is not None:
             shown = heights(scorer, odd.name)
-            found[odd.name] = rounded(pixels(shown, odd.masks[: len(shown)]))
-    normal, k = heights(scorer, NORMAL), maps.rank(LIT, None)
-    lit = float(maps.mask(normal, k).any(axis=(1, 2)).mean()) if k else None
-    return {"sets": found, "images": len(normal), "alpha": LIT, "lit": None if lit is None else round(lit, 4)}
+            changed, mask = odd.masks[: len(shown)], maps.mask(shown, k)
+            found[odd.name] = rounded(pixels(shown, changed)) | {
+                "lit": _share_with_any(mask, k),
+                "hit": _share_with_any(mask & changed, k),
+            }
+    normal = heights(scorer, NORMAL)
+    return {"sets": found, "images": len(normal), "alpha": LIT, "lit": _share_with_any(maps.mask(normal, k), k)}
+
+
+def _share_with_any(mask: NDArray[np.bool_], k: int) -> float | None:
+    """Of masks (n, H, W), those that are not empty; None where there are too few calibration images for any."""
+    return round(float(mask.any(axis=(1, 2)).mean()), 4) if k else None
 
 
 def surprisal(images: Described) -> Floats:

@@ -90,7 +90,7 @@ def ddpm() -> Run:
         family="ddpm",
         config=models.ddpm.Config(),
         data="shapes",
-        steps=10_000,
+        steps=5_000,
         batch_size=48,
         optimisers={"network": AdamW(lr=2e-3)},
         channels_last=True,
