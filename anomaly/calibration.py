@@ -172,9 +172,8 @@ class Calibration:
         """A batch: of the images that are named, at most that share is to be normal, on average."""
         found = conformal.p_values(self.scores, scores)
         named = conformal.discoveries(found, rate)
-        limit = float(scores[named].min()) if named.any() else None
-        k = round(float(found[named].max()) * (self.n + 1)) if named.any() else 0
-        bound = conformal.upper_bound(self.n, k)
+        k = round(float(found[named].max()) * (self.n + 1)) if named.any() else 0  # as if that had been asked for
+        limit, bound = (conformal.threshold(self.scores, k) if k else None), conformal.upper_bound(self.n, k)
         return [
             Verdict(float(s), float(p), bool(a), rate, limit, bound)
             for s, p, a in zip(scores, found, named, strict=True)

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+MOST = 1e18  # calibration images that are ever counted: more than these are told as these
+
 
 def p_values(calibration: Floats, scores: Floats) -> Floats:
     """calibration (n,) sorted, scores (m,) -> (m,) in [1 / (n + 1), 1]. A score that is not a number has the least."""
@@ -35,8 +37,8 @@ def rank(n: int, alpha: float) -> int:
 
 
 def needed(alpha: float) -> int:
-    """The least number of calibration images with which an image can be an anomaly at α."""
-    return math.ceil((1 / alpha) * (1 - 1e-12)) - 1
+    """The least number of calibration images with which an image can be an anomaly at α; MOST where it is more."""
+    return math.ceil(min(1 / alpha, MOST) * (1 - 1e-12)) - 1
 
 
 def threshold(calibration: Floats, k: int) -> float:
@@ -61,15 +63,16 @@ def upper_bound(n: int, k: int, confidence: float = 0.95) -> float:
 def rank_with_confidence(n: int, alpha: float, confidence: float) -> int:
     """The largest k whose true false-alarm rate is at most α with that confidence over calibrations; 0: none is."""
     low, high = 0, rank(n, alpha)
-    while low < high:  # the bound rises with k
+    while low < high:  # the bound rises with k; it is ≤ α where the distribution has reached the confidence at α
         k = (low + high + 1) // 2
-        low, high = (k, high) if upper_bound(n, k, confidence) <= alpha else (low, k - 1)
+        low, high = (k, high) if beta_cdf(alpha, k, n + 1 - k) >= confidence else (low, k - 1)
     return low
 
 
 def needed_with_confidence(alpha: float, confidence: float) -> int:
-    """The least n for which `rank_with_confidence` is not 0: P(Beta(1, n) ≤ α) = 1 − (1 − α)ⁿ ≥ confidence."""
-    return math.ceil(math.log1p(-confidence) / math.log1p(-alpha) * (1 - 1e-12))
+    """The least n for which `rank_with_confidence` is not 0: P(Beta(1, n) ≤ α) = 1 − (1 − α)ⁿ ≥ confidence. MOST where
+    it is more."""
+    return math.ceil(min(math.log1p(-confidence) / math.log1p(-alpha), MOST) * (1 - 1e-12))
 
 
 def beta_cdf(x: float, a: int, b: int) -> float:
@@ -77,14 +80,15 @@ def beta_cdf(x: float, a: int, b: int) -> float:
     if x <= 0 or x >= 1:
         return float(x >= 1)
     n = a + b - 1
-    fewer = np.arange(a)
-    logs = (
-        math.lgamma(n + 1)
-        - np.array([math.lgamma(j + 1) + math.lgamma(n - j + 1) for j in fewer])
-        + fewer * math.log(x)
-        + (n - fewer) * math.log1p(-x)
-    )
+    fewer, factorials = np.arange(a), _log_factorials(n)
+    logs = factorials[n] - factorials[:a] - factorials[n - fewer] + fewer * math.log(x) + (n - fewer) * math.log1p(-x)
     return float(1 - np.exp(logs).sum())
+
+
+@lru_cache(maxsize=64)  # one for each calibration in use: they are asked for in every request
+def _log_factorials(n: int) -> Floats:
+    """log j! for j = 0 … n."""
+    return np.array([math.lgamma(j + 1) for j in range(n + 1)])
 
 
 def discoveries(p: Floats, rate: float) -> NDArray[np.bool_]:
@@ -101,4 +105,4 @@ def discoveries(p: Floats, rate: float) -> NDArray[np.bool_]:
 def fewest(n: int, images: int, rate: float) -> int:
     """The least number of a batch of so many images that `discoveries` can name, besides none: the least k with
     1 / (n + 1) ≤ rate · k / images, as no p-value is smaller. More than `images`: it never names any."""
-    return max(1, math.ceil(images / (rate * (n + 1)) * (1 - 1e-12)))
+    return max(1, math.ceil(min(images / (rate * (n + 1)), MOST) * (1 - 1e-12)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,25 @@ def test_the_bounds_of_the_docs() -> None:
     assert conformal.needed_with_confidence(0.01, 0.95) == 299
     assert conformal.rank_with_confidence(299, 0.01, 0.95) == 1
     assert conformal.rank_with_confidence(298, 0.01, 0.95) == 0
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(2_000, 0.01), (2_000, 0.9), (25_000, 0.5)])
+def test_a_promise_is_worked_out_while_a_request_waits(n: int, alpha: float) -> None:
+    """On the event loop, and anew for every alpha: at an alpha of 0.9 it took seconds."""
+    began = time.process_time()
+    k = conformal.rank_with_confidence(n, alpha, 0.95)
+    assert time.process_time() - began < 0.25
+    assert conformal.upper_bound(n, k) <= alpha < conformal.upper_bound(n, k + 1)
+
+
+@pytest.mark.parametrize("share", [5e-324, 1e-310, 1e-200, 1e-17])
+def test_shares_that_no_number_of_images_could_serve_are_told_as_a_number(share: float) -> None:
+    for needed in (
+        conformal.needed(share),
+        conformal.needed_with_confidence(share, 0.95),
+        conformal.fewest(99, 10, share),
+    ):
+        assert 10**15 < needed <= 10**18
 
 
 def test_false_alarm_rates_over_calibrations_follow_the_beta_law() -> None:
@@ -201,6 +221,20 @@ def test_anomalies_are_found(made: Calibration) -> None:
     named = [v.is_anomaly for v in made.judge_together(scores, 0.1)]
     assert all(named[:50])
     assert sum(named[50:]) <= 15
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.9])
+def test_the_threshold_of_a_batch_is_one_that_its_anomalies_are_above(made: Calibration, rate: float) -> None:
+    """As that of alpha is: also where some score is not a number, and where a score stands in the calibration."""
+    scores = made.score(described(5, 3, shift=60.0) + described(40, 4))
+    scores = np.concatenate([scores, made.scores[[-1, -2, -30]]])
+    verdicts = made.judge_together(scores, rate)
+    limit = verdicts[0].threshold
+    assert limit is not None
+    assert [v.is_anomaly for v in verdicts] == [v.score > limit for v in verdicts]
+    assert made.judge_together(np.append(scores, math.nan), rate)[0].threshold == limit
+    k = round(max(v.p_value for v in verdicts if v.is_anomaly) * 501)
+    assert verdicts[0].false_positive_rate_upper95 == conformal.upper_bound(500, k)
 
 
 @pytest.mark.parametrize(("alpha", "confidence", "needed"), [(0.001, None, "999"), (0.005, 0.95, "598")])

@@ -290,6 +290,14 @@ async def test_shares_must_lie_between_0_and_1(api: Api, field: str, value: Any)
     assert answer["errors"][0]["loc"] == ["body", field]
 
 
+@pytest.mark.parametrize("options", [{"alpha": 1e-310}, {"alpha": 1e-310, "confidence": 0.95}, {"fdr": 5e-324}])
+async def test_the_smallest_numbers_there_are_are_refused_like_small_ones(api: Api, options: dict[str, float]) -> None:
+    calibrated(api)
+    answer = await asked(api, [normal(1)], **options)
+    assert answer["status"] == 422, answer
+    assert "calibration images; there are 200" in answer["detail"]
+
+
 async def test_scores_given_a_label_are_not_judged_by_a_calibration_without(api: Api) -> None:
     images = [picture(2, k, (1, 4, 5)) for k in range(150)]
     found = [describe(x, log_prob(x), None, {"mean": x.mean()}) for x in images]
