@@ -331,8 +331,12 @@ def calibrate(
     Disjoint. maps: of the same images, where the models have heat maps. members: of an ensemble, whose names begin
     those of their statistics; each has a detector of its own, which sees those of the image alone too.
 
+    Fit images of which some number cannot be said are left out: there is no spread of what is no number. Among the
+    calibration images such a one stands, as odd as can be, since that is how normal images are.
+
     Raises `CalibrationError` for too few images.
     """
+    fit, unsaid = _said(fit)
     names = tuple(sorted(numbers(fit[0]))) if fit else ()
     vectors = sorted(set(fit[0]).difference(names)) if fit else []
     grouped = [_of_member(names, member, members) for member in members] or [names]
@@ -341,7 +345,7 @@ def calibrate(
     if len(fit) < least or len(calibration) < 20:
         raise CalibrationError(
             f"calibration: {len(fit)} fit and {len(calibration)} calibration images; "
-            f"{widest} statistics take at least {least} and 20"
+            f"{widest} statistics take at least {least} and 20{unsaid}"
         )
     groups: list[Group] = []
     volumes: dict[str, float] = {}
@@ -363,6 +367,16 @@ def calibrate(
     scores = np.sort(made.score(calibration))
     told = {"n": len(scores), "fit_n": len(fit), "volumes": volumes, **about}
     return dataclasses.replace(made, scores=scores, about=told)
+
+
+def _said(fit: Sequence[Described]) -> tuple[list[Described], str]:
+    """Those of which every statistic and feature vector that any has is finite; and, for who has too few of them, which
+    is not."""
+    names = sorted(set[str]().union(*fit))
+    lacking = [[name for name in names if not np.isfinite(one.get(name, math.nan)).all()] for one in fit]
+    kept = [one for one, lacks in zip(fit, lacking, strict=True) if not lacks]
+    whose = sorted({name for lacks in lacking for name in lacks})
+    return kept, f"; {len(fit) - len(kept)} more have no finite {', '.join(whose)}" if whose else ""
 
 
 def _owner(name: str, members: Sequence[str]) -> int:

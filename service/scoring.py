@@ -4,6 +4,7 @@ messages."""
 from __future__ import annotations
 
 import asyncio
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -146,9 +147,10 @@ def impossible(scored: Scored) -> bool:
 
 
 def described(pixels: Pixels, scored: Sequence[Scored]) -> list[Described]:
-    """Every image's statistics and feature vectors, by name."""
+    """Every image's statistics and feature vectors, by name. A likelihood that is refused is no number, and so as odd
+    as can be: not one that is missing, as of a model that has none."""
     return [
-        describe(x, None if impossible(s) else s.log_prob, s.energy, s.statistics, features=s.features)
+        describe(x, math.nan if impossible(s) else s.log_prob, s.energy, s.statistics, features=s.features)
         for x, s in zip(pixels, scored, strict=True)
     ]
 
@@ -166,7 +168,7 @@ def fits(options: ScoreOptions, known: Known) -> bool:
 def shown(options: ScoreOptions, known: Known, described: Sequence[Described]) -> list[dict[str, float]]:
     """Every image's numbers for an answer: its statistics, and with them, where there is a calibration to tell, how
     unusual its feature vectors are."""
-    found = [numbers(one) for one in described]
+    found = [{name: value for name, value in numbers(one).items() if not math.isnan(value)} for one in described]
     if known.calibration is not None and fits(options, known):
         return [a | b for a, b in zip(found, known.calibration.distances(described), strict=True)]
     return found

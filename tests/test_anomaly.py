@@ -237,6 +237,30 @@ def test_the_threshold_of_a_batch_is_one_that_its_anomalies_are_above(made: Cali
     assert verdicts[0].false_positive_rate_upper95 == conformal.upper_bound(500, k)
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("b", None), ("excess_bits", math.nan), ("excess_bits", math.inf)])
+def test_a_normal_image_of_which_a_number_cannot_be_said_spoils_no_calibration(name: str, wrong: float | None) -> None:
+    """Among the fit images, first or last, it is left out; a calibration image is as odd as can be, as a new one is."""
+
+    def images(n: int, seed: int) -> list[dict[str, float]]:
+        rng = np.random.default_rng(seed)
+        return [{**one, "excess_bits": rng.normal()} for one in described(n, seed)]
+
+    (odd,), fit, held_out = images(1, 7), images(120, 0), images(300, 1)
+    odd |= {} if wrong is None else {name: wrong}
+    if wrong is None:
+        del odd[name]
+    made = calibrate(fit, held_out, {})
+    for with_odd in ([odd, *fit], [*fit, odd]):
+        assert calibrate(with_odd, held_out, {}).sha256 == made.sha256
+    known = calibrate(fit, [*held_out, odd], {})
+    assert known.scores[-1] > made.scores[-1]
+    found = known.judge(known.score([odd, *images(100, 2)]), 0.05)
+    assert found[0].p_value == 2 / 302, "one of the calibration images is as odd"
+    assert sum(verdict.is_anomaly for verdict in found[1:]) < 20
+    with pytest.raises(CalibrationError, match=f"3 fit and 300 calibration images; .*; 99 more have no finite {name}"):
+        calibrate([odd] * 99 + fit[:3], held_out, {})
+
+
 @pytest.mark.parametrize(("alpha", "confidence", "needed"), [(0.001, None, "999"), (0.005, 0.95, "598")])
 def test_an_alpha_too_small_for_the_calibration_says_how_many_images_it_takes(
     made: Calibration, alpha: float, confidence: float | None, needed: str

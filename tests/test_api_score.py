@@ -238,6 +238,23 @@ async def test_a_calibrated_model_says_what_is_an_anomaly(api: Api) -> None:
     assert 0.01 < anomalies[0]["false_positive_rate_upper95"] < 0.04
 
 
+async def test_an_image_whose_likelihood_is_refused_is_judged_alone_as_in_company(api: Api) -> None:
+    """It is the oddest there is; alone it was taken for one of another model, and not judged at all."""
+    calibrated(api)
+    wild = Scored(0, 3.0, statistics={"mean": 128.0, "coarse_log_prob": 4.0}, converged=False)
+    usual = Scored(1, log_prob(normal(1)), statistics={"mean": normal(1).mean()})
+    answers = []
+    for told in ([wild], [wild, usual]):
+        api.broker.answer = after(*tell(*told, Completed(0, 0, 1)))
+        answers.append(await asked(api, [normal(k) for k in range(len(told))], alpha=0.01))
+    alone, company = (answer["results"][0] for answer in answers)
+    assert alone == company
+    assert (alone["anomaly"]["is_anomaly"], alone["anomaly"]["p_value"]) == (True, 1 / 201)
+    assert not answers[1]["results"][1]["anomaly"]["is_anomaly"]
+    assert alone["log_prob"] is None
+    assert "nll_bits" not in alone["statistics"]
+
+
 async def test_a_confidence_is_stricter_and_a_batch_can_be_judged_together(api: Api) -> None:
     calibrated(api)
     images = [normal(2000 + k) for k in range(40)]
