@@ -108,6 +108,12 @@ class Catalog:
     def ids(self) -> list[str]:
         return sorted(self._folders)
 
+    def weights(self, model: str, sha256: str) -> str | None:
+        """The hash of the weights of that version of a model; None for one that is not known, or no longer."""
+        folder = self._folders.get(model)
+        version = None if folder is None else folder.versions.get(sha256)
+        return None if version is None else version.weights_sha256
+
     def entries(self, pool: Sequence[WorkerState]) -> list[Entry]:
         return [self.entry(model, pool) for model in self.ids]
 

@@ -134,6 +134,7 @@ class Engine:
 
     def _add(self, model_id: str, lane: _Lane) -> None:
         served, kind = self._models[model_id], lane.program.name
+        lane.version = served.version
         name = f"{model_id}@{served.version}/{kind}"
         while name in self._lanes:  # rows of it may still run
             name += "'"
@@ -368,7 +369,8 @@ class Engine:
             job.finished += sum(row.job == job_id for row in finished)
             if job.finished == job.total:
                 queue = (job.began or now) - job.submitted
-                self._end(job_id, Completed(queue, job.compute_seconds, job.network_evaluations, lane.precision))
+                cost = (queue, job.compute_seconds, job.network_evaluations)
+                self._end(job_id, Completed(*cost, lane.precision, lane.version))
             else:
                 self._progress(job_id, job, lane, now)
 
@@ -432,6 +434,7 @@ class _Lane:
     ids: list[Row] = field(default_factory=list)  # whose rows `rows` begins with; copies of the last fill it up
     rows: Rows | None = None
     precision: Precision = "float32"
+    version: str = ""  # of the model, where it is served
     left: list[int] = field(default_factory=list)  # of `ids`: lower bounds of the steps left, kept on the host
 
     def filled(self, rows: Rows) -> Rows:

@@ -103,6 +103,7 @@ class Completed:
     compute_seconds: float  # of the steps that this job's rows took part in
     network_evaluations: int
     precision: Precision = "float32"  # that images were drawn in
+    version: str = ""  # sha256 of the model.json of the weights that did it; empty where a worker does not tell
 
 
 @dataclass(frozen=True)

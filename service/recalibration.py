@@ -18,6 +18,7 @@ from anomaly.calibration import CalibrationError, calibrate, halves, needed, num
 from anomaly.heatmaps import Maps
 from service import scoring
 from service.broker import Broker, Job, QueueFull
+from service.catalog import Catalog
 from service.errors import Fault, Invalid
 from service.messages import Pixels
 from service.metrics import Metrics
@@ -36,6 +37,7 @@ class Asked(Protocol):
 
     broker: Broker
     metrics: Metrics
+    catalog: Catalog
 
     @property
     def admit(self) -> Callable[[Job], Awaitable[None]]: ...
@@ -105,7 +107,8 @@ async def _score_block(scorer: Scorer, block: Pixels, how: How, asked: Asked) ->
             raise TimeoutError
         patient = How(how.priority, how.tenant, left, how.deadline)
         try:
-            (found,) = await scoring.ask([scorer], block, mapped, patient, asked.broker, asked.metrics, asked.admit)
+            served = (asked.broker, asked.metrics, asked.admit, asked.catalog)
+            (found,) = await scoring.ask([scorer], block, mapped, patient, *served)
         except QueueFull as e:
             await asyncio.sleep(min(max(e.retry_after, 0.1), LONGEST_PAUSE, left))
         else:

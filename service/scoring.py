@@ -20,7 +20,8 @@ from anomaly.heatmaps import Maps, Surprises
 from service import tracing
 from service.broker import Broker, Job
 from service.calibrations import Known
-from service.catalog import Version
+from service.catalog import Catalog, Version
+from service.errors import Interrupted
 from service.jobs import Told, follow, outcome
 from service.marginals import marginal
 from service.messages import Completed, MapImages, Mapped, Pixels, Scored, ScoreImages, pack
@@ -66,9 +67,11 @@ async def ask(
     broker: Broker,
     metrics: Metrics,
     admit: Callable[[Job], Awaitable[None]],
+    catalog: Catalog,
 ) -> list[Found]:
     """One job for each model, and, where maps are wanted, one more for each that draws them; all at once. Where one
-    fails, the others are cancelled. Raises a `Problem`, what `Broker.submit` and `admit` raise, and `TimeoutError`."""
+    fails, the others are cancelled. Raises a `Problem`, also where other weights have scored than were asked, which is
+    what a calibration would not be of; what `Broker.submit` and `admit` raise, and `TimeoutError`."""
     n = len(pixels)
     maps_by = [mapped and scorer.likelihood.heatmap_evaluations > 0 for scorer in scorers]
     jobs: list[Job] = []
@@ -93,8 +96,11 @@ async def ask(
         await asyncio.gather(*waiting, return_exceptions=True)
     found = []
     for scorer, draws in zip(scorers, maps_by, strict=True):
-        scored, by_label = _gathered(scorer, _complete(next(told), n * max(1, scorer.every), Scored))
-        surprise = np.stack([m.surprise for m in _complete(next(told), n, Mapped)]) if draws else None
+        of_scores, of_maps = next(told), next(told) if draws else None
+        scored, by_label = _gathered(scorer, _complete(of_scores, n * max(1, scorer.every), Scored))
+        surprise = None if of_maps is None else np.stack([m.surprise for m in _complete(of_maps, n, Mapped)])
+        for end in (of_scores[-1], of_maps and of_maps[-1]):
+            await _check_weights(scorer, end, catalog)
         found.append(Found(scored, surprise, by_label))
     return found
 
@@ -139,6 +145,19 @@ def _complete(told: Sequence[Told], n: int, kind: type[M]) -> list[M]:
     if not isinstance(told[-1], Completed) or found.keys() != set(range(n)):
         raise RuntimeError(f"a job of {n} images ended with {sorted(found)} and {type(told[-1]).__name__}")
     return [found[k] for k in range(n)]
+
+
+async def _check_weights(scorer: Scorer, end: Told | None, catalog: Catalog) -> None:
+    """A job may wait while its model's folder changes, and then runs on what workers have by then."""
+    if not isinstance(end, Completed) or end.version in ("", scorer.version.sha256):
+        return
+    if catalog.weights(scorer.id, end.version) is None:  # workers may have seen it first
+        await asyncio.to_thread(catalog.refresh)
+    if catalog.weights(scorer.id, end.version) != scorer.version.weights_sha256:
+        raise Interrupted(
+            f"{scorer.id} has other weights now than when it was asked, so the scores are not its own; ask again",
+            headers={"Retry-After": "1"},
+        )
 
 
 def impossible(scored: Scored) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,30 @@ async def test_an_image_whose_likelihood_is_refused_is_judged_alone_as_in_compan
     assert not answers[1]["results"][1]["anomaly"]["is_anomaly"]
     assert alone["log_prob"] is None
     assert "nll_bits" not in alone["statistics"]
+
+
+async def test_scores_by_other_weights_than_were_asked_are_not_judged_by_their_calibration(api: Api) -> None:
+    """The folder changed while the job waited: what ran is what workers had by then."""
+    calibrated(api)
+    same = (api.folder / "density" / "model.json").read_bytes()
+    versions = {"same": hashlib.sha256(same).hexdigest(), "unknown": "f" * 64, "untold": ""}
+    versions["other"] = write_model(api.folder, "density", DENSITY, files={"weights.safetensors": "e" * 64})
+    api.catalog.refresh()
+    (api.folder / "density" / "model.json").write_bytes(same)
+    api.catalog.refresh()
+    about = json.loads(same)
+    for who, status in (("same", 200), ("unknown", 503), ("untold", 200), ("other", 503), ("described anew", 200)):
+        if who == "described anew":  # by `calibrate`, after the API has looked
+            files = {**about["files"], "calibration.safetensors": "d" * 64}
+            versions[who] = write_model(api.folder, "density", DENSITY, files=files)
+        told = tell(Scored(0, -12.0, statistics={"mean": 1.0}), Completed(0, 0, 1, version=versions[who]))
+        api.broker.answer = after(*told)
+        answer = await api.post("/score", {"model": "density", "images": [b64(file_of(normal(1)))]})
+        assert answer.status_code == status, who
+        if status == 503:
+            assert answer.json()["type"] == "urn:drawwell:problem:interrupted"
+            assert "other weights" in answer.json()["detail"]
+            assert answer.headers["Retry-After"] == "1"
 
 
 async def test_a_confidence_is_stricter_and_a_batch_can_be_judged_together(api: Api) -> None:

@@ -184,6 +184,8 @@ def test_a_new_version_takes_new_jobs_while_the_old_one_finishes_its_own() -> No
     desk.run()
     np.testing.assert_array_equal(desk.images("old"), alone(Generate(1, seed=1, steps=8)))
     assert not np.array_equal(desk.images("new"), desk.images("old"))
+    ends = {name: desk.last(name) for name in ("old", "new")}
+    assert {name: end.version for name, end in ends.items() if isinstance(end, Completed)} == {"old": "1", "new": "2"}
     desk.engine.remove("walk")
     desk.engine.submit("late", "walk", Generate(1, seed=1, steps=8))
     assert desk.last("late") == Failed("unknown-model", "model: walk is not loaded here")

@@ -76,7 +76,8 @@ async def score(request: Request, services: Served) -> Response:
     shape = scorers[0].version.spec.image
     pixels, resized = await decoded(files, shape, options.resize, services.settings.max_image_side)
     mapped = options.heatmap and no_maps is None
-    asked = scoring.ask(scorers, pixels, mapped, how, services.broker, services.metrics, services.admit)
+    served = (services.broker, services.metrics, services.admit, services.catalog)
+    asked = scoring.ask(scorers, pixels, mapped, how, *served)
     found = await unless_hung_up(request.receive, asked)
     answer = await off_loop(_COMPRESSION * pixels.size, _answer, options, scorers, pixels, found, own, whole, mapped)
     answer.warnings.extend(_warnings(options, scorers, found, whole.known, resized))
