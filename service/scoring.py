@@ -99,8 +99,8 @@ async def ask(
         of_scores, of_maps = next(told), next(told) if draws else None
         scored, by_label = _gathered(scorer, _complete(of_scores, n * max(1, scorer.every), Scored))
         surprise = None if of_maps is None else np.stack([m.surprise for m in _complete(of_maps, n, Mapped)])
-        for end in (of_scores[-1], of_maps and of_maps[-1]):
-            await _check_weights(scorer, end, catalog)
+        for version in {end.version for end in (*of_scores, *(of_maps or ())) if isinstance(end, Completed)}:
+            await _check_weights(scorer, version, catalog)
         found.append(Found(scored, surprise, by_label))
     return found
 
@@ -147,13 +147,13 @@ def _complete(told: Sequence[Told], n: int, kind: type[M]) -> list[M]:
     return [found[k] for k in range(n)]
 
 
-async def _check_weights(scorer: Scorer, end: Told | None, catalog: Catalog) -> None:
+async def _check_weights(scorer: Scorer, version: str, catalog: Catalog) -> None:
     """A job may wait while its model's folder changes, and then runs on what workers have by then."""
-    if not isinstance(end, Completed) or end.version in ("", scorer.version.sha256):
+    if version in ("", scorer.version.sha256):
         return
-    if catalog.weights(scorer.id, end.version) is None:  # workers may have seen it first
+    if catalog.weights(scorer.id, version) is None:  # workers may have seen it first
         await asyncio.to_thread(catalog.refresh)
-    if catalog.weights(scorer.id, end.version) != scorer.version.weights_sha256:
+    if catalog.weights(scorer.id, version) != scorer.version.weights_sha256:
         raise Interrupted(
             f"{scorer.id} has other weights now than when it was asked, so the scores are not its own; ask again",
             headers={"Retry-After": "1"},
