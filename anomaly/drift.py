@@ -18,6 +18,10 @@ and Gammerman 2003): they win when too many images are odd, or too few. Since a 
 at step t the share 1/(t + PATIENCE) of what still sleeps wakes up and is divided among the bets, where it stays.
 Whoever begins to bet just when the drift does has then a stake of about PATIENCE/t², so a late drift is found a
 logarithm later (cf. Volkhonskiy et al. 2017, arXiv 1706.03415, where betting begins anew instead).
+
+Scores cannot be remembered for ever: after LONGEST of them the game ends, and another begins among the calibration's
+alone. With a unit each, sooner or later one of many games would be won by chance. So all of them share the one unit:
+game j gets the share w_j, where Σ w_j = 1, and the chance that any ever brings it to c is at most Σ w_j/c = 1/c.
 """
 
 from __future__ import annotations
@@ -35,12 +39,18 @@ Floats = NDArray[np.float64]
 POWERS = (0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)  # ε
 PATIENCE = 50.0
 LEAST_P = 1e-12  # a rank of 0 would be an infinite win
-LONGEST = 200_000  # scores that are remembered: then the watch begins anew, with the calibration's
+LONGEST = 200_000  # scores that are remembered, and so the length of a game
+RESERVE = 0.1  # of the unit, for all games but the first
+
+
+def stake(game: int) -> float:
+    """The money that a game j = 1, 2, … begins with: w_j."""
+    return 1 - RESERVE if game == 1 else RESERVE / (game * (game - 1))
 
 
 @dataclass
 class Bets:
-    """The gambler's money, as logarithms; it began with 1."""
+    """The gambler's money in a game, as logarithms and in units of what it began with."""
 
     asleep: float = 0.0
     low: Floats = field(default_factory=lambda: np.full(len(POWERS), -math.inf))  # on small p, for each power
@@ -78,13 +88,26 @@ class Watch:
     def __init__(self, calibration: Floats, seed: int = 0) -> None:
         self._calibration = calibration
         self._rng = np.random.default_rng(seed)
+        self._games = 0
         self._begin()
         self.alarmed_at: int | None = None  # images seen when the bound was first reached
         self.seen = 0
 
     def _begin(self) -> None:
         self._scores: list[float] = [float(s) for s in self._calibration]  # sorted
+        self._games += 1
         self.bets = Bets()
+        self._log_stake = math.log(stake(self._games))
+
+    @property
+    def evidence(self) -> float:
+        """log of this game's money now."""
+        return self._log_stake + self.bets.wealth
+
+    @property
+    def peak(self) -> float:
+        """log of the most that it ever was in this game."""
+        return self._log_stake + self.bets.peak
 
     def saw(self, scores: Iterable[float], bound: float) -> None:
         """Images in the order in which they came. bound: c, from which on there is an alarm, for good."""
@@ -93,7 +116,7 @@ class Watch:
                 self._begin()
             self.bets.take(self._rank(math.inf if math.isnan(score) else float(score)))
             self.seen += 1
-            if self.alarmed_at is None and self.bets.peak >= math.log(bound):
+            if self.alarmed_at is None and self.peak >= math.log(bound):
                 self.alarmed_at = self.seen
 
     def _rank(self, score: float) -> float:

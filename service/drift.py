@@ -22,8 +22,8 @@ class Drifting:
 
     model: str
     images: int  # seen since the calibration
-    evidence: float  # log10 of the martingale now
-    peak: float  # log10 of the most that it ever was
+    evidence: float  # log10 of the gambler's money now
+    peak: float  # log10 of the most that it was since the watch last began with the calibration alone
     alarm: bool
 
 
@@ -58,5 +58,5 @@ class Drifts:
 
     def __iter__(self) -> Iterator[Drifting]:
         for model, (_, watch) in sorted(self._watches.items()):
-            now, peak = watch.bets.wealth / math.log(10), watch.bets.peak / math.log(10)
+            now, peak = watch.evidence / math.log(10), watch.peak / math.log(10)
             yield Drifting(model, watch.seen, now, peak, watch.alarmed_at is not None)

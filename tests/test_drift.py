@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomaly.drift import POWERS, Bets, Watch, log_bet
+from anomaly.drift import POWERS, Bets, Watch, log_bet, stake
 
 GRID = (np.arange(200_000) + 0.5) / 200_000
 
@@ -133,3 +133,31 @@ def test_the_watch_forgets_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(watch._scores) == 10 + 50
     assert watch.bets.taken == 50
     assert watch.seen == 250
+
+
+def test_many_games_share_one_unit_of_money(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it goes on: of watches that begin anew 30 times, no more raise a false alarm than 1 in `bound`."""
+    assert sum(stake(game) for game in range(1, 10_001)) == pytest.approx(1, abs=1e-4)
+    monkeypatch.setattr("anomaly.drift.LONGEST", 100)
+    bound, alarms, apart = 5.0, 0, 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        watch, games = Watch(np.sort(rng.standard_normal(50))), []
+        for _ in range(30):
+            watch.saw(rng.standard_normal(100), bound)
+            games.append(watch.bets.peak)
+        alarms += watch.alarmed_at is not None
+        apart += max(games) >= math.log(bound)
+    assert alarms <= 20 / bound
+    assert apart > 2 * 20 / bound, "each with a unit of its own, they would"
+
+
+def test_a_drift_is_found_in_a_later_game(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anomaly.drift.LONGEST", 400)
+    rng = np.random.default_rng(0)
+    watch = Watch(np.sort(rng.standard_normal(1000)))
+    watch.saw(rng.standard_normal(2000), bound=100)
+    assert watch.alarmed_at is None
+    watch.saw(rng.standard_normal(150) + 1.5, bound=100)
+    assert watch.alarmed_at is not None
+    assert watch.peak == watch.bets.peak + math.log(0.1 / 30), "the sixth game"

@@ -272,12 +272,14 @@ def _pixels(scorer: Scorer, subject: Subject) -> dict[str, Any]:
     (`lit`), and one that is anomalous (`hit`)."""
     maps = scorer.calibration.maps
     assert maps is not None
-    k, found = maps.rank(LIT, None), {}
+    k = maps.rank(LIT, None)
+    found: dict[str, dict[str, float | None]] = {}
     for odd in subject.odd:
         if odd.masks is not None:
             shown = heights(scorer, odd.name)
             changed, mask = odd.masks[: len(shown)], maps.mask(shown, k)
-            found[odd.name] = rounded(pixels(shown, changed)) | {
+            found[odd.name] = {
+                **rounded(pixels(shown, changed)),
                 "lit": _share_with_any(mask, k),
                 "hit": _share_with_any(mask & changed, k),
             }
