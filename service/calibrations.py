@@ -54,29 +54,34 @@ class Listed:
 
 
 class Calibrations:
-    """Keeps what was read: of what came with models by the hash of the file, of others as long as the folder says the
-    same. That is looked at every so many seconds, since another process may have changed it."""
+    """Keeps what was read: of what came with a model by the hash of the file, of others as long as the folder says the
+    same. That is looked at every so many seconds, since another process may have changed it. What could not be read is
+    tried again each time: files of a folder come one after another."""
 
     def __init__(self, folder: Path, poll_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._poll_seconds, self._clock = folder, poll_seconds, clock
         self.store = CalibrationStore(folder)
-        self._known: dict[str, Known] = {}
+        self._came: dict[str, Known] = {}  # with each model, as far as it could be read
+        self._warned: dict[str, str] = {}
         self._current: dict[str, _Current] = {}
 
     async def of(self, model: str, version: Version) -> Known:
         """The calibration in use for this version of a model."""
+        return (await self._in_use(model, version))[1]
+
+    async def _in_use(self, model: str, version: Version) -> tuple[int, Known]:
+        """With its number."""
         current = self._current.get(model)
         if current is None or self._clock() - current.read_at > self._poll_seconds:
             current = self._current[model] = await asyncio.to_thread(self._look, model, current)
         if current.known is None:
-            return await self._that_came_with(model, version)
-        return _fitting(current.known, version, current.version)
+            return current.version, await self._that_came_with(model, version)
+        return current.version, _fitting(current.known, version, current.version)
 
     async def listed(self, model: str, version: Version) -> list[Listed]:
         """All of them, the one that came with the model first."""
         self.forget(model)
-        in_use = await self.of(model, version)
-        current = self._current[model].version
+        current, in_use = await self._in_use(model, version)
         own = await self._that_came_with(model, version)
         found = [Listed(CAME_WITH_THE_MODEL, own, current == CAME_WITH_THE_MODEL)]
         if version.calibration_sha256 is None:
@@ -94,9 +99,15 @@ class Calibrations:
         expected = version.calibration_sha256
         if expected is None:
             return Known(None)
-        if expected not in self._known:
-            self._known[expected] = await asyncio.to_thread(_read, self._folder / model / FILE, expected, version)
-        return self._known[expected]
+        known = self._came.get(model)
+        if known is None or known.sha256 != expected:
+            known = await asyncio.to_thread(_read, self._folder / model / FILE, expected)
+            if known.calibration is not None:
+                self._came[model] = known
+            if known.fault is not None and known.fault != self._warned.get(model):
+                log.warning("%s: %s", model, known.fault)
+                self._warned[model] = known.fault
+        return _fitting(known, version, CAME_WITH_THE_MODEL)
 
     def _look(self, model: str, before: _Current | None) -> _Current:
         now = self._clock()
@@ -117,7 +128,8 @@ def _fitting(known: Known, version: Version, number: int) -> Known:
     """What was made for other weights says nothing of these."""
     if known.calibration is None or known.calibration.about.get("weights_sha256") == version.weights_sha256:
         return known
-    return Known(None, known.sha256, f"version {number} was made for other weights; calibrate again, or use another")
+    whose = FILE if number == CAME_WITH_THE_MODEL else f"version {number}"
+    return Known(None, known.sha256, f"{whose} was made for other weights; calibrate again, or use another")
 
 
 def _read_made(store: CalibrationStore, model: str, number: int) -> Known:
@@ -132,16 +144,13 @@ def _read_made(store: CalibrationStore, model: str, number: int) -> Known:
     return Known(None, fault=fault)
 
 
-def _read(path: Path, expected: str, version: Version) -> Known:
+def _read(path: Path, expected: str) -> Known:
     try:
         packed = path.read_bytes()
         if hashlib.sha256(packed).hexdigest() != expected:
             raise CalibrationError(f"{FILE}: its sha256 is not the one in model.json")
         calibration = unpack(packed)
-        if calibration.about.get("weights_sha256") != version.weights_sha256:
-            raise CalibrationError(f"{FILE}: made for other weights; calibrate again")
     except (CalibrationError, OSError) as e:
-        log.warning("%s: %s", path.parent.name, e)
         return Known(None, fault=str(e))
     return Known(calibration, expected)
 

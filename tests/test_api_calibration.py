@@ -219,6 +219,64 @@ async def test_what_was_made_for_other_weights_says_so_and_cannot_be_chosen(api:
     assert (await api.request("PUT", PATH, json={"version": 1})).status_code == 409
 
 
+def came_with(api: Api, weights: str = "a" * 64, of: str = "a" * 64) -> bytes:
+    """The model has these weights, and a calibration that was made for those `of`; its file."""
+    found = [describe(x, log_prob(x), None, {"mean": x.mean()}) for x in (normal(500 + k) for k in range(120))]
+    own = calibrate(found[:60], found[60:], {"weights_sha256": of})
+    files = {"weights.safetensors": weights, "calibration.safetensors": own.sha256}
+    write_model(api.folder, "density", DENSITY, files=files)
+    api.catalog.refresh()
+    return own.pack()
+
+
+async def test_files_of_a_folder_that_is_being_copied_may_come_in_any_order(api: Api) -> None:
+    """The calibration after the model.json that names it, and at first cut off."""
+    packed, path = came_with(api), api.folder / "density" / "calibration.safetensors"
+    for content in (None, packed[:1000]):
+        if content is not None:
+            path.write_bytes(content)
+        answer = await scored(api, normal(1))
+        assert answer["results"][0]["anomaly"] is None
+        assert "cannot be used: " in answer["warnings"][0]
+    path.write_bytes(packed)
+    answer = await scored(api, normal(1))
+    assert answer["results"][0]["anomaly"] is not None
+    assert answer["warnings"] == []
+    path.unlink()
+    assert (await scored(api, normal(1)))["results"][0]["anomaly"] is not None, "what was read is kept"
+
+
+async def test_what_came_with_a_model_does_not_judge_by_other_weights_because_it_once_was_right(api: Api) -> None:
+    """A model that is trained anew in its folder, with the calibration of the one before left in."""
+    (api.folder / "density" / "calibration.safetensors").write_bytes(came_with(api))
+    assert (await scored(api, normal(1)))["results"][0]["anomaly"] is not None
+    came_with(api, weights="b" * 64)
+    answer = await scored(api, normal(1))
+    assert answer["results"][0]["anomaly"] is None
+    assert "calibration.safetensors was made for other weights" in answer["warnings"][0]
+    (listed,) = (await api.get(PATH)).json()["versions"]
+    assert "other weights" in listed["error"]
+
+
+async def test_who_lists_them_while_another_does_is_answered(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both look anew; the second forgets what the first has found, while that reads a file."""
+    (api.folder / "density" / "calibration.safetensors").write_bytes(came_with(api))
+    known, reading, go_on = api.app.state.services.calibrations, asyncio.Event(), asyncio.Event()
+    came = known._that_came_with
+
+    async def slowly(model: str, version: Version) -> Any:
+        reading.set()
+        await go_on.wait()
+        return await came(model, version)
+
+    monkeypatch.setattr(known, "_that_came_with", slowly)
+    first = asyncio.create_task(api.get(PATH))
+    await asyncio.wait_for(reading.wait(), 30)
+    known.forget("density")
+    go_on.set()
+    assert [(one["version"], one["current"]) for one in (await first).json()["versions"]] == [(0, True)]
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"version": "2"}', '{"version": -1}', '{"version": 9}'])
 async def test_a_pointer_that_cannot_be_followed_is_told_and_never_guessed(api: Api, content: str) -> None:
     await calibrated(api)
