@@ -2,8 +2,9 @@
 
     <models>/<model>/calibrations/
         1.safetensors, 2.safetensors, …     as `anomaly.calibration` packs them; never changed
-        current.json                        {"version": 2}: the one in use; 0, or no such file: the one that came with
-                                            the model
+        current.json                        {"version": 2, "newest": 3}: the one in use; 0, or no such file: the one
+                                            that came with the model. newest: the last that there was when that was
+                                            written; one above it was made by who then had no time to put it in use
 
 Several API processes may share the folder, and be killed at any moment: a file gets its number and its whole content in
 one step (a hard link, which fails where the number is taken), and the pointer is replaced whole. Everything here blocks
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 FOLDER = "calibrations"
 CURRENT = "current.json"
@@ -44,18 +45,22 @@ class CalibrationStore:
 
     def current(self, model: str) -> int:
         """0: the one that came with the model. Raises `ValueError` for a file that says something else."""
-        path = self._folder(model) / CURRENT
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return 0
-        try:
-            version = json.loads(content)["version"]
-        except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{FOLDER}/{CURRENT}: does not say which version is in use") from e
+        version = self._pointer(model).get("version")
         if not isinstance(version, int) or isinstance(version, bool) or version < 0:
             raise ValueError(f"{FOLDER}/{CURRENT}: version {version!r}; it takes a number from 0")
         return version
+
+    def _pointer(self, model: str) -> dict[str, Any]:
+        """What current.json says. Raises `ValueError`."""
+        try:
+            found = json.loads((self._folder(model) / CURRENT).read_bytes())
+        except FileNotFoundError:
+            return {"version": 0, "newest": 0}
+        except ValueError as e:
+            raise ValueError(f"{FOLDER}/{CURRENT}: does not say which version is in use") from e
+        if not isinstance(found, dict):
+            raise ValueError(f"{FOLDER}/{CURRENT}: does not say which version is in use")
+        return found
 
     def fingerprint(self, model: str) -> Fingerprint:
         """Changes whenever `current` may have."""
@@ -87,6 +92,22 @@ class CalibrationStore:
             folder.mkdir(exist_ok=True)
             return _in_place(self._scratch(folder), packed, lambda scratch: self._link(model, scratch))
 
+    def adopt(self, model: str, packed: bytes) -> int:
+        """Keep a calibration, and use it from now on; its number. Raises `Unwritable`."""
+        number = self.add(model, packed)
+        self.choose(model, number)
+        return number
+
+    def finish(self, model: str, version: int) -> None:
+        """`adopt`, where it was ended between its two steps. Nothing where it was not, or another has been put in use
+        since, or the pointer is broken, which is for who chooses to mend. Raises `Unwritable`."""
+        try:
+            newest = self._pointer(model).get("newest")
+        except ValueError:
+            return
+        if isinstance(newest, int) and newest < version:
+            self.choose(model, version)
+
     def choose(self, model: str, version: int) -> None:
         """Use that version from now on. Raises `FileNotFoundError` for one that there is not, and `Unwritable`."""
         folder = self._folder(model)
@@ -94,7 +115,8 @@ class CalibrationStore:
             raise FileNotFoundError(version)
         with self._written(model):
             folder.mkdir(exist_ok=True)
-            content = (json.dumps({"version": version}) + "\n").encode()
+            newest = max(self.versions(model), default=0)
+            content = (json.dumps({"version": version, "newest": newest}) + "\n").encode()
             _in_place(self._scratch(folder), content, lambda scratch: scratch.replace(folder / CURRENT))
 
     def _folder(self, model: str) -> Path:

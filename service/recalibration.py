@@ -129,7 +129,7 @@ def _fit(scorer: Scorer, pixels: Pixels, found: list[Found], description: str, k
     fit, held_out = halves(pixels)
     about = {
         "weights_sha256": scorer.version.weights_sha256,
-        "data": {"name": "images of a request", "sha256": _digest(pixels)},
+        "data": {"name": "images of a request", "sha256": digest(pixels)},
         "description": description,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **({} if key is None else {"key": key}),
@@ -150,6 +150,6 @@ def _maps(found: list[Found], fit: Indices, held_out: Indices) -> Maps | None:
     return heatmaps.fit([surprise[fit]], [surprise[held_out]])
 
 
-def _digest(pixels: Pixels) -> str:
+def digest(pixels: Pixels) -> str:
     """Of the images as a set: the order in which they came does not matter."""
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(image.tobytes()).digest() for image in pixels))).hexdigest()

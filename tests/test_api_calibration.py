@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,32 @@ async def test_the_same_request_with_its_key_is_the_same_calibration(api: Api) -
     assert (first.status_code, again.status_code) == (201, 200)
     assert again.json() == first.json()
     assert (await api.post(PATH, body(), headers={"Idempotency-Key": "k2"})).json()["version"] == 2
+    for other in (body(first=1), body(description="another lamp"), body(n=110)):
+        taken = await api.post(PATH, other, headers={"Idempotency-Key": "k1"})
+        assert taken.status_code == 422
+        assert taken.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
+    shuffled = body()
+    shuffled["images"].reverse()
+    assert (await api.post(PATH, shuffled, headers={"Idempotency-Key": "k1"})).json()["sha256"] == first.json()[
+        "sha256"
+    ]
+
+
+async def test_a_server_that_ends_before_its_calibration_is_in_use_puts_it_in_use_when_asked_again(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a client does that got no answer. One that was put out of use since stays out of it."""
+    await calibrated(api, first=1000)
+    with monkeypatch.context() as ended:
+        ended.setattr(CalibrationStore, "choose", lambda *_: None)
+        lost = await api.post(PATH, body(), headers={"Idempotency-Key": "k1"})
+    assert (lost.json()["version"], lost.json()["current"]) == (2, False)
+    again = await api.post(PATH, body(), headers={"Idempotency-Key": "k1"})
+    assert (again.status_code, again.json()["version"], again.json()["current"]) == (200, 2, True)
+    assert (await scored(api, normal(1)))["calibration"]["sha256"] == again.json()["sha256"]
+    await api.request("PUT", PATH, json={"version": 1})
+    late = await api.post(PATH, body(), headers={"Idempotency-Key": "k1"})
+    assert (late.status_code, late.json()["version"], late.json()["current"]) == (200, 2, False)
 
 
 # --------------------------------------------------------------------------------------------------------- what is kept
@@ -287,6 +314,30 @@ async def test_a_pointer_that_cannot_be_followed_is_told_and_never_guessed(api: 
     assert "cannot be used" in answer["warnings"][0]
     assert (await api.request("PUT", PATH, json={"version": 1})).json()["current"] == 1
     assert (await scored(api, normal(1)))["results"][0]["anomaly"] is not None
+
+
+async def test_who_hangs_up_late_leaves_it_either_in_use_or_not_made(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the file is written: the thread goes on, and what comes after it does too."""
+    add, linked, go_on = CalibrationStore.add, threading.Event(), threading.Event()
+
+    def slowly(store: CalibrationStore, model: str, packed: bytes) -> int:
+        number = add(store, model, packed)
+        linked.set()
+        go_on.wait(30)
+        return number
+
+    monkeypatch.setattr(CalibrationStore, "add", slowly)
+    call = Call(api.app, PATH, body())
+    assert await asyncio.to_thread(linked.wait, 30)
+    call.hang_up()
+    await asyncio.wait_for(call.task, 30)
+    go_on.set()
+    store = CalibrationStore(api.folder)
+    for _ in range(300):
+        if store.current("density"):
+            break
+        await asyncio.sleep(0.01)
+    assert (store.versions("density"), store.current("density")) == ([1], 1)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

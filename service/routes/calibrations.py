@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from service import errors, recalibration, writes
 from service.bodies import JSON, MULTIPART, media_type, read_form, read_json, require_media_type
+from service.broker import KeyTaken
 from service.calibration_store import Unwritable
 from service.calibrations import CAME_WITH_THE_MODEL, Known, told
 from service.errors import Fault
@@ -63,7 +64,7 @@ async def calibrate(model_id: str, request: Request, services: Served) -> Respon
     the old ones are kept, and `PUT` goes back to one.
 
     Duplicates, images of another size and too few images are refused. Hanging up cancels. With an `Idempotency-Key` the
-    same request again is answered with what the first one made.
+    same request again is answered with what the first one made; another request with that key is refused.
     """
     writes.check(request, services.settings)
     require_media_type(request, JSON, MULTIPART)
@@ -77,7 +78,7 @@ async def calibrate(model_id: str, request: Request, services: Served) -> Respon
         options, files = await read_form(request, CalibrationOptions, "images", most + 1)
     scorer = await scorer_of(model_id, services, _LOC)
     key = idempotency_key(request)
-    if key is not None and (before := await _made_with(key, scorer, services)) is not None:
+    if key is not None and (before := await _made_with(key, scorer, options, files, services)) is not None:
         return _json(before)
     recalibration.check_count(len(files), scorer.version.spec.image, most)
     if model_id in services.calibrating:
@@ -136,17 +137,32 @@ async def _calibrate(
     packed = await recalibration.make(
         scorer, pixels, options.description, key, how, services, settings.max_score_images
     )
-    number = await _write(store.add, scorer.id, packed)
-    await _write(store.choose, scorer.id, number)
+    number = await _write(store.adopt, scorer.id, packed)  # both at once: hanging up does not come between
     services.calibrations.forget(scorer.id)
+    return await _version(number, scorer, services)
+
+
+async def _version(number: int, scorer: Scorer, services: Services) -> CalibrationVersion:
     listed = await services.calibrations.listed(scorer.id, scorer.version)
     return next(_told(one.version, one.known, one.current) for one in listed if one.version == number)
 
 
-async def _made_with(key: str, scorer: Scorer, services: Services) -> CalibrationVersion | None:
+async def _made_with(
+    key: str, scorer: Scorer, options: CalibrationOptions, files: Sequence[str | bytes], services: Services
+) -> CalibrationVersion | None:
+    """What the same request has made before; put in use, where the server was ended before that. Raises `KeyTaken`
+    where the key came with another request."""
     for one in await services.calibrations.listed(scorer.id, scorer.version):
-        if one.known.calibration is not None and one.known.calibration.about.get("key") == key:
-            return _told(one.version, one.known, one.current)
+        if one.known.calibration is None or one.known.calibration.about.get("key") != key:
+            continue
+        pixels, _ = await decoded(files, scorer.version.spec.image, None, services.settings.max_image_side)
+        about = one.known.calibration.about
+        asked = (options.description, recalibration.digest(pixels))
+        if (about.get("description"), about["data"]["sha256"]) != asked:
+            raise KeyTaken(key)
+        await _write(services.calibrations.store.finish, scorer.id, one.version)
+        services.calibrations.forget(scorer.id)
+        return await _version(one.version, scorer, services)
     return None
 
 
