@@ -33,7 +33,7 @@ def p_values(calibration: Floats, scores: Floats) -> Floats:
 def rank(n: int, alpha: float) -> int:
     """k = ⌊α (n + 1)⌋: an image is an anomaly at α if fewer than k calibration scores are as large as its own. 0: none
     ever is, since n is too small for so small an α."""
-    return math.floor(alpha * (n + 1) * (1 + 1e-12))
+    return min(n, math.floor(alpha * (n + 1) * (1 + 1e-12)))  # α < 1, but for what floats make of it
 
 
 def needed(alpha: float) -> int:
@@ -95,7 +95,8 @@ def discoveries(p: Floats, rate: float) -> NDArray[np.bool_]:
     """Which of a batch are anomalies if at most that share of those named is to be false (Benjamini and Hochberg 1995;
     valid for conformal p-values of one calibration: arXiv 2104.08279, thm. 1)."""
     order = np.argsort(p, kind="stable")
-    passing = np.flatnonzero(p[order] <= rate * (1 + 1e-12) * (np.arange(len(p)) + 1) / max(1, len(p)))
+    limits = rate * (1 + 1e-12) * (np.arange(len(p)) + 1) / max(1, len(p))
+    passing = np.flatnonzero((p[order] <= limits) & (p[order] < 1))
     named = np.zeros(len(p), dtype=bool)
     if len(passing):
         named[order[: passing[-1] + 1]] = True

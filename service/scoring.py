@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from anomaly.calibration import Described, Verdict, describe, numbers
+from anomaly.calibration import CalibrationError, Described, Verdict, describe, numbers
 from anomaly.conformal import needed
 from anomaly.ensembles import joined
 from anomaly.heatmaps import Maps, Surprises
@@ -213,7 +213,7 @@ class Drawn:
 
 def draw(options: ScoreOptions, maps: Maps, surprise: Sequence[Surprises]) -> Drawn:
     """From each model's surprise. The mask's level is `alpha`, with `confidence` where that is asked for; an alpha that
-    is too small for so few calibration images masks nothing."""
+    is too small for so few calibration images masks nothing (`no_mask`)."""
     heights = maps.heights(surprise)
     mask = maps.mask(heights, maps.rank(options.alpha, options.confidence))
     return Drawn(maps.picture(heights), np.where(mask, 255, 0).astype(np.uint8))
@@ -236,16 +236,27 @@ def no_maps(options: ScoreOptions, scorers: Sequence[Scorer], known: Known) -> s
     return None
 
 
+def no_mask(options: ScoreOptions, known: Known) -> str | None:
+    """Why no mask can have white in it, though there is an answer: with `fdr` the alpha judges masks alone."""
+    if known.calibration is None or known.calibration.maps is None:
+        return None
+    try:
+        known.calibration.rank(options.alpha, options.confidence)
+    except CalibrationError as e:
+        return f"mask: black whatever the image, since {e}"
+    return None
+
+
 def check_rate(options: ScoreOptions, known: Known, images: int) -> str | None:
     """Before the work, not after: whether any of so many images could be called an anomaly. What is to be known of it.
     Raises `CalibrationError`."""
-    if known.calibration is None:
+    if known.calibration is None or not fits(options, known):
         return None
     if options.fdr is None:
         known.calibration.rank(options.alpha, options.confidence)
         return None
     least, n = known.calibration.together(images, options.fdr), known.calibration.n
-    if least == 1 or not fits(options, known):
+    if least == 1:
         return None
     return (
         f"fdr: of {images} images judged together none is named unless {least} or more are, as {n:,} calibration "

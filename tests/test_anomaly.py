@@ -42,6 +42,16 @@ def test_an_anomaly_is_exactly_a_p_value_of_at_most_alpha(n: int, alpha: float) 
     assert (k == 0) == (n < conformal.needed(alpha))
 
 
+@given(n=st.integers(1, 3000), ulps=st.integers(1, 5))
+def test_an_alpha_just_below_1_leaves_the_most_usual_image_normal(n: int, ulps: int) -> None:
+    """No rank is n + 1, whose threshold would be that of rank 1: p = 1 is above every alpha there is."""
+    alpha = 1.0
+    for _ in range(ulps):
+        alpha = math.nextafter(alpha, 0)
+    assert conformal.rank(n, alpha) == n
+    assert not conformal.discoveries(np.ones(3), alpha).any()
+
+
 @given(a=st.integers(1, 40), b=st.integers(1, 4000), x=st.floats(0, 1))
 def test_the_beta_law_is_scipys(a: int, b: int, x: float) -> None:
     assert conformal.beta_cdf(x, a, b) == pytest.approx(scipy.stats.beta.cdf(x, a, b), abs=1e-9)

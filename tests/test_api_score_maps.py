@@ -144,6 +144,9 @@ async def test_a_confidence_makes_the_mask_smaller_and_too_few_images_make_none(
     for options in ({"alpha": 0.2}, {"alpha": 0.2, "confidence": 0.99}, {"alpha": 1e-4, "fdr": 0.5}):
         answer = await asked(api, "density", images, heatmap=True, **options)
         areas.append(sum(int((shown(result["mask"]) > 0).sum()) for result in answer["results"]))
+        told = [warning for warning in answer["warnings"] if warning.startswith("mask: ")]
+        assert len(told) == ("fdr" in options), "no black mask without a word"
+    assert "alpha 0.0001 takes at least 9,999 calibration images" in told[0]
     assert areas[0] >= areas[1] > areas[2] == 0
 
 

@@ -81,7 +81,8 @@ async def score(request: Request, services: Served) -> Response:
     found = await unless_hung_up(request.receive, asked)
     answer = await off_loop(_COMPRESSION * pixels.size, _answer, options, scorers, pixels, found, own, whole, mapped)
     answer.warnings.extend(_warnings(options, scorers, found, whole.known, resized))
-    answer.warnings.extend(told for told in (hardly_any, no_maps) if told is not None)
+    no_mask = scoring.no_mask(options, whole.known) if mapped else None
+    answer.warnings.extend(told for told in (hardly_any, no_maps, no_mask) if told is not None)
     answer.warnings.extend(_drift(scorers, own, answer, services))
     return Response(answer.model_dump_json(), media_type=JSON)
 
