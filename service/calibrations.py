@@ -43,6 +43,10 @@ class _Current:
     version: int = CAME_WITH_THE_MODEL
     known: Known | None = None
 
+    @property
+    def faulty(self) -> bool:
+        return self.known is not None and self.known.calibration is None
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -64,6 +68,7 @@ class Calibrations:
         self._came: dict[str, Known] = {}  # with each model, as far as it could be read
         self._warned: dict[str, str] = {}
         self._current: dict[str, _Current] = {}
+        self._forgotten: dict[str, int] = {}  # how often
 
     async def of(self, model: str, version: Version) -> Known:
         """The calibration in use for this version of a model."""
@@ -73,7 +78,10 @@ class Calibrations:
         """With its number."""
         current = self._current.get(model)
         if current is None or self._clock() - current.read_at > self._poll_seconds:
-            current = self._current[model] = await asyncio.to_thread(self._look, model, current)
+            forgotten = self._forgotten.get(model, 0)
+            current = await asyncio.to_thread(self._look, model, current)
+            if self._forgotten.get(model, 0) == forgotten:  # else it may be of before the change
+                self._current[model] = current
         if current.known is None:
             return current.version, await self._that_came_with(model, version)
         return current.version, _fitting(current.known, version, current.version)
@@ -93,6 +101,7 @@ class Calibrations:
 
     def forget(self, model: str) -> None:
         """Look again: something was changed."""
+        self._forgotten[model] = self._forgotten.get(model, 0) + 1
         self._current.pop(model, None)
 
     async def _that_came_with(self, model: str, version: Version) -> Known:
@@ -113,7 +122,7 @@ class Calibrations:
         now = self._clock()
         try:
             fingerprint = self.store.fingerprint(model)
-            if before is not None and before.fingerprint == fingerprint:
+            if before is not None and before.fingerprint == fingerprint and not before.faulty:
                 return _Current(now, fingerprint, before.version, before.known)
             number = self.store.current(model)
         except (OSError, ValueError) as e:

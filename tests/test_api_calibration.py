@@ -273,6 +273,45 @@ async def test_files_of_a_folder_that_is_being_copied_may_come_in_any_order(api:
     assert (await scored(api, normal(1)))["results"][0]["anomaly"] is not None, "what was read is kept"
 
 
+async def test_calibrations_that_are_being_copied_may_come_after_what_says_which_is_in_use(api: Api) -> None:
+    """As to another replica's disk. It is looked at every second, and not only when that changes."""
+    made = await calibrated(api)
+    file, now = api.folder / "density" / "calibrations" / "1.safetensors", [0.0]
+    packed = file.read_bytes()
+    file.unlink()
+    other = Calibrations(api.folder, poll_seconds=1.0, clock=lambda: now[0])
+    assert (await other.of("density", version_of(api))).fault == "version 1 is missing"
+    file.write_bytes(packed)
+    now[0] = 1.5
+    assert (await other.of("density", version_of(api))).sha256 == made["sha256"]
+
+
+async def test_a_look_that_began_before_a_change_is_not_believed_after_it(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score asks which is in use while another is put in use: it may be of before, those that come later are not."""
+    one, two = await calibrated(api, first=0), await calibrated(api, first=1000)
+    known, look = api.app.state.services.calibrations, Calibrations._look
+    looked, go_on = threading.Event(), threading.Event()
+
+    def slowly(self: Calibrations, model: str, before: Any) -> Any:
+        found = look(self, model, before)
+        looked.set()
+        go_on.wait(30)
+        return found
+
+    known.forget("density")
+    with monkeypatch.context() as slow:
+        slow.setattr(Calibrations, "_look", slowly)
+        early = asyncio.create_task(known.of("density", version_of(api)))
+        assert await asyncio.to_thread(looked.wait, 30)
+    known.store.choose("density", 1)
+    known.forget("density")
+    go_on.set()
+    assert (await early).sha256 == two["sha256"]
+    assert (await known.of("density", version_of(api))).sha256 == one["sha256"]
+
+
 async def test_what_came_with_a_model_does_not_judge_by_other_weights_because_it_once_was_right(api: Api) -> None:
     """A model that is trained anew in its folder, with the calibration of the one before left in."""
     (api.folder / "density" / "calibration.safetensors").write_bytes(came_with(api))
