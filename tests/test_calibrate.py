@@ -123,6 +123,49 @@ def test_where_images_are_dear_the_first_of_both_splits_do(zoo: Path, capsys: py
     assert "images: 49; a calibration takes at least 50, and as many to fit on" in capsys.readouterr().err
 
 
+def test_other_classes_of_the_same_images_are_calibrated_on_what_was_not_trained_on_either(zoo: Path) -> None:
+    """A model of all digits on all but one class, and the other way round."""
+    for trained, given in (("digits", "digits-without:7"), ("digits-without:7", "digits")):
+        _checkpoint.update(zoo / "gaussian", {"data": data.load(trained).description})
+        assert main(["calibrate", str(zoo / "gaussian"), "--data", given]) == 0
+        made = unpack(_checkpoint.read_file(zoo / "gaussian", "calibration.safetensors"))
+        splits = data.load(given).splits
+        assert (made.about["fit_n"], made.n) == (len(splits["fit"]), len(splits["calibration"]))
+    _checkpoint.update(zoo / "gaussian", {"data": data.load("digits").description})
+
+
+def test_a_folder_that_has_grown_since_it_was_trained_on_is_told(
+    zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, before = data.load("digits").splits["train"].x, _checkpoint.read_about(zoo / "gaussian")["data"]
+    name = f"npz:{tmp_path / 'line.npz'}"
+    np.savez(tmp_path / "line.npz", images=x[:260, 0])
+    try:
+        for trained_on, told in (("npz:another", False), (name, True)):
+            _checkpoint.update(zoo / "gaussian", {"data": {"name": trained_on, "sha256": "0" * 64}})
+            assert main(["calibrate", str(zoo / "gaussian"), "--data", name]) == 0
+            assert ("must not be there now" in capsys.readouterr().out.replace("\n", " ")) == told
+    finally:
+        _checkpoint.update(zoo / "gaussian", {"data": before})
+
+
+@pytest.mark.parametrize(
+    ("pointer", "told"), [(None, False), ('{"version": 0}', False), ('{"version": 2}', True), ("", True)]
+)
+def test_that_another_calibration_is_in_use_where_it_is_served_is_told(
+    zoo: Path, pointer: str | None, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = zoo / "gaussian" / "calibrations" / "current.json"
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if pointer is not None:
+        path.write_text(pointer)
+    assert main(["calibrate", str(zoo / "gaussian"), "--images", "60"]) == 0
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert ("PUT /models/gaussian/calibration with version 0" in out) == told
+    path.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("broken", [b"", b"[]", b'{"format": 2}', b'{"format": 1, "members": [{}], "files": {}}'])
 def test_what_is_no_ensemble_file_is_refused(broken: bytes) -> None:
     with pytest.raises(ensembles.CalibrationError, match=r"ensemble\.json"):

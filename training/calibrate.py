@@ -2,11 +2,13 @@
 several together.
 
 Everything is from images that no model has been trained on. On a model's own data set those are its splits `fit` and
-`calibration`; of other data, all of it normal, every distinct image falls into the one half or the other by its hash.
+`calibration`, and so they are on one of the same images with another choice of classes; of other data, all of it
+normal, every distinct image falls into the one half or the other by its hash.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,13 @@ def run(
     dataset = datasets.load(data or own[0]["name"], data_dir)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = [_density(folder, device, dataset) for folder in checkpoints]
-    own_data = dataset.digest in [seen.get("sha256") for seen in own]
+    own_data = _own(dataset, own)
+    if not own_data and dataset.name in [seen.get("name") for seen in own]:
+        told = (
+            f"{dataset.name}: not what it was when it was trained on. Images that were there then must not be there "
+            "now: they look more normal than any that come, and false alarms would be more than promised"
+        )
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     fit, held_out = parts(dataset, trained_on=own_data)
     _check_count(dataset, len(fit) + len(held_out), own_data, console)
     if images is not None:
@@ -64,7 +72,7 @@ def run(
         Member(folder.resolve().name, about["files"][_checkpoint.WEIGHTS])
         for folder, about in zip(checkpoints, abouts, strict=True)
     ]
-    prefix = "" if own_data else f"{dataset.digest[:12]}-"
+    prefix = "" if dataset.digest in [seen.get("sha256") for seen in own] else f"{dataset.digest[:12]}-"
     splits = {f"{prefix}fit": fit.x, f"{prefix}calibration": held_out.x}
     said = _Said(work, dataset, splits, Bars(console))
     parts_of = [said.by(member, model) for member, model in zip(members, models, strict=True)]
@@ -78,6 +86,7 @@ def run(
     if out is None:
         made = calibrate(fit_said, held_out_said, {"weights_sha256": members[0].weights_sha256, **told}, maps)
         _checkpoint.update(checkpoints[0], {"spec": models[0].spec.to_json()}, {FILE: made.pack()})
+        _tell_of_another_in_use(checkpoints[0], console)
     else:
         made = calibrate(fit_said, held_out_said, told, maps, [member.name for member in members])
         out.mkdir(parents=True, exist_ok=True)
@@ -102,6 +111,30 @@ def _check(checkpoints: Sequence[Path], out: Path | None) -> None:
     names = [folder.resolve().name for folder in checkpoints]
     if len(set(names)) < len(names):
         raise CalibrationError(f"checkpoints: two of {', '.join(names)} have the same name, by which members are told")
+
+
+def _own(dataset: Dataset, own: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a model was trained on this data set, or on other classes of its images: these keep their splits."""
+    if dataset.digest in [seen.get("sha256") for seen in own]:
+        return True
+    others = {seen.get("name", "") for seen in own} - {dataset.name}
+    return datasets.without(dataset.name)[0] in {datasets.without(name)[0] for name in others}
+
+
+def _tell_of_another_in_use(checkpoint: Path, console: Console) -> None:
+    """A calibration that was made while serving stays in use until a request says otherwise."""
+    try:
+        version = json.loads((checkpoint / "calibrations" / "current.json").read_bytes())["version"]
+    except FileNotFoundError:
+        return
+    except (KeyError, TypeError, ValueError):
+        version = None
+    if version != 0:
+        told = (
+            f"{checkpoint.name}: where it is served, calibrations/current.json says that one made there is in use, not "
+            f"this; PUT /models/{checkpoint.resolve().name}/calibration with version 0 changes that"
+        )
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_count(dataset: Dataset, n: int, own_data: bool, console: Console) -> None:
