@@ -88,7 +88,7 @@ class Watch:
     def __init__(self, calibration: Floats, seed: int = 0) -> None:
         self._calibration = calibration
         self._rng = np.random.default_rng(seed)
-        self._games = 0
+        self._games, self._before = 0, -math.inf  # log of the most that it was in games before this one
         self._begin()
         self.alarmed_at: int | None = None  # images seen when the bound was first reached
         self.seen = 0
@@ -106,13 +106,14 @@ class Watch:
 
     @property
     def peak(self) -> float:
-        """log of the most that it ever was in this game."""
-        return self._log_stake + self.bets.peak
+        """log of the most that it ever was, in any game."""
+        return max(self._before, self._log_stake + self.bets.peak)
 
     def saw(self, scores: Iterable[float], bound: float) -> None:
         """Images in the order in which they came. bound: c, from which on there is an alarm, for good."""
         for score in scores:
             if len(self._scores) - len(self._calibration) >= LONGEST:
+                self._before = self.peak
                 self._begin()
             self.bets.take(self._rank(math.inf if math.isnan(score) else float(score)))
             self.seen += 1

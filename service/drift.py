@@ -23,7 +23,7 @@ class Drifting:
     model: str
     images: int  # seen since the calibration
     evidence: float  # log10 of the gambler's money now
-    peak: float  # log10 of the most that it was since the watch last began with the calibration alone
+    peak: float  # log10 of the most that it ever was
     alarm: bool
 
 

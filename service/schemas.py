@@ -224,8 +224,10 @@ class JobResponse(Answer):
 class Anomaly(Answer):
     score: float
     p_value: float
-    is_anomaly: bool
-    alpha: float
+    is_anomaly: bool = Field(
+        description="whether p_value ≤ alpha; with `confidence` stricter, with `fdr` as the batch decides"
+    )
+    alpha: float = Field(description="that of the request, or its `fdr`")
     threshold: float | None = Field(description="a score above it is an anomaly; null: none of the batch was")
     false_positive_rate_upper95: float
 

@@ -146,6 +146,7 @@ def test_many_games_share_one_unit_of_money(monkeypatch: pytest.MonkeyPatch) -> 
         for _ in range(30):
             watch.saw(rng.standard_normal(100), bound)
             games.append(watch.bets.peak)
+        assert watch.peak == max(peak + math.log(stake(j + 1)) for j, peak in enumerate(games))
         alarms += watch.alarmed_at is not None
         apart += max(games) >= math.log(bound)
     assert alarms <= 20 / bound

@@ -253,9 +253,9 @@ class Anomaly(Schema):
 
     score: float  # higher: more unlike
     p_value: float  # of a normal image to score as high
-    is_anomaly: bool  # p_value ≤ alpha
-    alpha: float
-    threshold: float | None = None  # of `score`
+    is_anomaly: bool  # score > threshold: p_value ≤ alpha, or stricter where `confidence` or `fdr` was asked for
+    alpha: float  # or the `fdr` that was asked for
+    threshold: float | None = None  # of `score`; None where nothing of the batch was an anomaly
     false_positive_rate_upper95: float | None = None  # what alpha promises with 95 % confidence
 
     def __str__(self) -> str:
