@@ -57,6 +57,9 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = [_density(folder, device, dataset) for folder in checkpoints]
     own_data = _own(dataset, own)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = [_density(folder, device, dataset) for folder in checkpoints]
+    own_data = _own(dataset, own)
     if not own_data and dataset.name in [seen.get("name") for seen in own]:
         told = (
             f"{dataset.name}: not what it was when it was trained on. Images that were there then must not be there "
