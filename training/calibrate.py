@@ -57,15 +57,12 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = [_density(folder, device, dataset) for folder in checkpoints]
     own_data = _own(dataset, own)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [_density(folder, device, dataset) for folder in checkpoints]
-    own_data = _own(dataset, own)
     if not own_data and dataset.name in [seen.get("name") for seen in own]:
-        told = (
+        changed = (
             f"{dataset.name}: not what it was when it was trained on. Images that were there then must not be there "
             "now: they look more normal than any that come, and false alarms would be more than promised"
         )
-        console.print(told, markup=False, highlight=False, soft_wrap=True)
+        console.print(changed, markup=False, highlight=False, soft_wrap=True)
     fit, held_out = parts(dataset, trained_on=own_data)
     _check_count(dataset, len(fit) + len(held_out), own_data, console)
     if images is not None:
