@@ -334,7 +334,7 @@ def calibrate(
     Fit images of which some number cannot be said are left out: there is no spread of what is no number. Among the
     calibration images such a one stands, as odd as can be, since that is how normal images are.
 
-    Raises `CalibrationError` for too few images.
+    Raises `CalibrationError` for too few images, and for such as are all the same to the model.
     """
     fit, unsaid = _said(fit)
     names = tuple(sorted(numbers(fit[0]))) if fit else ()
@@ -396,5 +396,7 @@ def _fitted(fit: Sequence[Described], names: Sequence[str]) -> tuple[Group, dict
     """The detector whose acceptance volume is least, over the statistics that differ at all; and every one's volume."""
     table = _table(fit, names)
     varying = [k for k, spread in enumerate(table.std(axis=0)) if spread > 0]
+    if not varying:
+        raise CalibrationError(f"calibration: the images do not differ in any of {', '.join(names)}")
     detector, volumes = detectors.choose(table[:, varying])
     return Group(tuple(names[k] for k in varying), detector), volumes

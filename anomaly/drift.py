@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -94,7 +95,7 @@ class Watch:
         self.seen = 0
 
     def _begin(self) -> None:
-        self._scores: list[float] = [float(s) for s in self._calibration]  # sorted
+        self._scores = array("d", self._calibration)  # sorted; a quarter of what a list of floats takes
         self._games += 1
         self.bets = Bets()
         self._log_stake = math.log(stake(self._games))

@@ -279,6 +279,11 @@ def test_an_alpha_too_small_for_the_calibration_says_how_many_images_it_takes(
         made.judge(np.zeros(1), alpha, confidence)
 
 
+def test_images_that_are_all_the_same_to_a_model_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="do not differ in any of a, b"):
+        calibrate([{"a": 1.0, "b": -2.0}] * 60, [{"a": 1.0, "b": -2.0}] * 60, {})
+
+
 def test_too_few_images_and_bytes_that_are_no_calibration_are_refused(made: Calibration) -> None:
     with pytest.raises(CalibrationError, match="10 fit and 500 calibration images"):
         calibrate(described(10, 0), described(500, 1), {})

@@ -95,6 +95,9 @@ def test_pixels_are_pooled_and_images_without_an_anomaly_have_no_part() -> None:
     found = detection.pixels(shifted, masks)
     assert found["auroc_by_image"] == 1.0
     assert found["auroc"] < 0.8, "one image glows as a whole: no one threshold serves both"
+    for odd in (np.nan, np.inf):
+        unsaid = np.where(masks, odd, 0.0)
+        assert detection.pixels(unsaid, masks)["auroc"] == 1.0, "what cannot be said is as odd as can be"
 
 
 # --------------------------------------------------------------------------------------------------------- what is kept

@@ -113,7 +113,8 @@ def pixels(maps: Floats, masks: NDArray[np.bool_]) -> dict[str, float]:
     """AUROC of pixels, maps (n, H, W) against masks (n, H, W): of all pixels of all images together, by one threshold;
     and the mean over images, each by its own. Images whose mask is empty or full have no part in it."""
     use = masks.any(axis=(1, 2)) & ~masks.all(axis=(1, 2))
-    maps, masks = np.nan_to_num(maps[use], nan=np.inf, posinf=np.finfo(np.float64).max), masks[use]
+    most = np.finfo(np.float64).max
+    maps, masks = np.nan_to_num(maps[use], nan=most, posinf=most), masks[use]
     each = [roc_auc_score(mask.ravel(), values.ravel()) for values, mask in zip(maps, masks, strict=True)]
     return {
         "auroc": float(roc_auc_score(masks.ravel(), maps.ravel())),
