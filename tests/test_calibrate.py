@@ -134,7 +134,7 @@ def test_other_classes_of_the_same_images_are_calibrated_on_what_was_not_trained
     _checkpoint.update(zoo / "gaussian", {"data": data.load("digits").description})
 
 
-def test_a_folder_that_has_grown_since_it_was_trained_on_is_told(
+def test_a_folder_that_has_grown_since_it_was_trained_on_is_told_and_not_taken_unasked(
     zoo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     x, before = data.load("digits").splits["train"].x, _checkpoint.read_about(zoo / "gaussian")["data"]
@@ -145,6 +145,8 @@ def test_a_folder_that_has_grown_since_it_was_trained_on_is_told(
             _checkpoint.update(zoo / "gaussian", {"data": {"name": trained_on, "sha256": "0" * 64}})
             assert main(["calibrate", str(zoo / "gaussian"), "--data", name]) == 0
             assert ("must not be there now" in capsys.readouterr().out.replace("\n", " ")) == told
+        assert main(["calibrate", str(zoo / "gaussian")]) == 2
+        assert "--data names images that were not trained on" in capsys.readouterr().err.replace("\n", " ")
     finally:
         _checkpoint.update(zoo / "gaussian", {"data": before})
 

@@ -62,6 +62,8 @@ def run(
             f"{dataset.name}: not what it was when it was trained on. Images that were there then must not be there "
             "now: they look more normal than any that come, and false alarms would be more than promised"
         )
+        if data is None:
+            raise DataError(f"{changed}; --data names images that were not trained on")
         console.print(changed, markup=False, highlight=False, soft_wrap=True)
     fit, held_out = parts(dataset, trained_on=own_data)
     _check_count(dataset, len(fit) + len(held_out), own_data, console)
