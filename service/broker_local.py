@@ -280,7 +280,7 @@ class LocalBroker(Broker):
                 self._end(record, lost=CANCELLED)
                 continue
             record.job, record.worker = dataclasses.replace(record.job, attempt=record.job.attempt + attempts), None
-            self._queue(record.job).put_back(record.place)
+            record.place = self._queue(record.job).put_back(record.place)
             self._count(record.job, 1)
         self._dispatch()
 

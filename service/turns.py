@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 TENANTS = 1000  # whose turns are remembered, at the least: of more, those who were given the most
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a job stands. It keeps it when it is taken, for the case that it comes back."""
+    """Where a job stands. It keeps it when it is taken, for the case that it comes back (`Turns.put_back`)."""
 
     tag: float
     number: int  # of those that came, for equal tags
@@ -39,11 +39,15 @@ class Turns:
         self._given[tenant] = tag + work
         self._count += 1
         place = Place(tag, self._count, job, tenant)
-        self.put_back(place)
+        bisect.insort(self._places, place)
         return place
 
-    def put_back(self, place: Place) -> None:
+    def put_back(self, place: Place) -> Place:
+        """It had its turn, and comes back to where it stood. If the clock was set back since, since nobody waited, that
+        is in front: its tag is one of another time, which the clock may reach in hours."""
+        place = replace(place, tag=min(place.tag, self._clock))
         bisect.insort(self._places, place)
+        return place
 
     def remove(self, place: Place) -> None:
         """It waits no longer."""

@@ -531,6 +531,21 @@ async def test_a_job_handed_back_stands_where_it_stood(kind: Kind) -> None:
         assert await claimed(w, 4) == ["a0", "a1", "a2", "a3"]
 
 
+async def test_a_job_handed_back_is_not_passed_by_all_who_came_since_the_queue_was_empty(kind: Kind) -> None:
+    async with kind.broker(10**8) as broker, workers(kind, broker, "w1", "w2") as [w1, w2]:
+        await broker.submit(job("hours", units=10**6))
+        await broker.submit(job("late"))
+        assert [(await claim(w1)).id for _ in range(2)] == ["hours", "late"]
+        for k in range(3):
+            await broker.submit(job(f"new{k}"))
+        await w1.claims.hand_back(["late"])
+        async with asyncio.timeout(5):
+            while (await broker.status("late")).state != "queued":
+                await asyncio.sleep(0.01)
+        assert await broker.position("late") == 0
+        assert (await claim(w2)).id == "late"
+
+
 async def test_a_batch_job_waits_no_longer_than_an_interactive_one_that_came_a_while_later(
     kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,7 @@ def test_every_job_has_its_turn_once_and_each_tenant_its_own_in_order(jobs: list
             assert first.tenant != "a"
             queue.take(first)
             if rng.random() < 0.3:  # type: ignore[attr-defined]
-                queue.put_back(first)
+                assert queue.put_back(first) == first, "where it stood"
             else:
                 out.append(first)
     for place in out + drain(queue):
@@ -62,6 +62,19 @@ def test_every_job_has_its_turn_once_and_each_tenant_its_own_in_order(jobs: list
     assert sorted(n for ns in order.values() for n in ns) == list(range(len(jobs)))
     assert all(ns == sorted(ns) for ns in order.values())
     assert queue.add("x", "x", 1).tag == 0, "an empty queue owes nobody anything"
+
+
+def test_a_job_that_comes_back_after_nobody_waited_is_the_next() -> None:
+    """A worker dies after hours of work: the jobs that it had must not wait until others were given as much again."""
+    queue = Turns()
+    queue.add("hours", "a", 10**6)
+    late = [queue.add(name, "a", 10) for name in ("late", "later")]
+    drain(queue)
+    queue.add("new", "b", 10)
+    back = [queue.put_back(place) for place in late]
+    queue.add("newer", "c", 10)
+    assert [queue.position(place) for place in back] == [0, 1]
+    assert [place.job for place in drain(queue)] == ["late", "later", "new", "newer"]
 
 
 def test_of_very_many_tenants_those_who_were_given_the_most_are_remembered() -> None:

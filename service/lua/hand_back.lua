@@ -10,7 +10,9 @@ for k = 3, #ARGV, 2 do
       redis.call('XACK', running_key(job.model), 'workers', job.entry)
       redis.call('XDEL', running_key(job.model), job.entry)
       redis.call('HSET', job_key(id), 'state', 'queued', 'attempt', job.attempt - 1, 'worker', '')
-      wait_for_worker(id, job.model, job.queue, job.place, job.tag, job.line, job.steps)
+      -- Its tag is one of another time where nobody has waited since and the clock was set back: then it stands in front.
+      local tag = math.min(job.tag, redis.call('GET', job.queue .. ':clock') or 0)
+      wait_for_worker(id, job.model, job.queue, job.place, tag, job.line, job.steps)
       count = count + 1
     end
   end
