@@ -25,18 +25,21 @@ the number of jobs that wait.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace, nlargest
 from typing import Literal, NamedTuple, TypeAlias
 
+from service.cost import Cost
+
 AGEING = 10.0  # seconds after which a batch job is let in as if it were an interactive one that has just come
-UNKNOWN_COST = 1e-3  # seconds a step is taken to cost before one was measured
 
 SHARED = 60.0  # seconds for which a tenant counts as asking
 SHARED_COST = 1.5  # see above
 KEPT_FREE = 8  # one of so many places is kept free of the tenant who has the others
+TENANTS = 1000  # besides those who wait, whose turns a lane remembers: those who were given the most
 
 Reason: TypeAlias = Literal["cancelled", "expired"]
 
@@ -69,39 +72,6 @@ class Plan:
     leave: tuple[tuple[str, Reason], ...] = ()  # jobs, of any lane, whose rows are to be dropped
 
 
-class Cost:
-    """seconds = a · rows + b of a step, fitted by least squares over the steps seen, older ones counting less and
-    less.
-    """
-
-    def __init__(self, forget: float = 0.98) -> None:
-        self._forget = forget
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
-
-    def observe(self, rows: int, seconds: float) -> None:
-        f = self._forget
-        self._n, self._x, self._y = f * self._n + 1, f * self._x + rows, f * self._y + seconds
-        self._xx, self._xy = f * self._xx + rows * rows, f * self._xy + rows * seconds
-
-    @property
-    def coefficients(self) -> tuple[float, float]:
-        """(a, b), neither negative. Before anything was seen: (0, UNKNOWN_COST)."""
-        if self._n == 0:
-            return 0.0, UNKNOWN_COST
-        mean_x, mean_y = self._x / self._n, self._y / self._n
-        variance = self._xx / self._n - mean_x**2
-        if variance > 1e-9 * mean_x**2:
-            a = max(0.0, (self._xy / self._n - mean_x * mean_y) / variance)
-            b = mean_y - a * mean_x
-            if b >= 0:
-                return a, b
-        return mean_y / mean_x, 0.0  # one batch size seen, or a line that would start below zero: proportional
-
-    def predict(self, rows: int) -> float:
-        a, b = self.coefficients
-        return a * rows + b
-
-
 @dataclass(frozen=True)
 class Load:
     """What a lane has done since it was there, and does now."""
@@ -129,6 +99,11 @@ class _Waiting:
     ticket: Ticket
     begun: int = 0  # rows that have joined
     gone: bool = False  # the job was dropped
+
+    @property
+    def over(self) -> bool:
+        """No row of it waits any longer."""
+        return self.gone or self.begun == self.ticket.rows
 
 
 class _Turns:
@@ -161,9 +136,7 @@ class _Turns:
         while self._order:
             told, tenant = self._order[0]
             jobs = self._queues[tenant]
-            while jobs and (jobs[0].gone or jobs[0].begun == jobs[0].ticket.rows):
-                jobs.popleft()
-            if not jobs:
+            if tenant not in self:
                 heappop(self._order)
                 del self._queues[tenant]
             elif told < self._given[tenant]:
@@ -175,7 +148,16 @@ class _Turns:
         return None
 
     def __contains__(self, tenant: str) -> bool:
-        return tenant in self._queues
+        """Whether rows of the tenant wait, and not only what is to be let go."""
+        jobs = self._queues.get(tenant)
+        while jobs and jobs[0].over:
+            jobs.popleft()
+        return bool(jobs)
+
+    @property
+    def known(self) -> Set[str]:
+        """Tenants whose rows wait, or have waited of late."""
+        return self._queues.keys()
 
 
 class _Line:
@@ -185,15 +167,19 @@ class _Line:
         self._given: dict[str, float] = {}
         self._clock = 0.0  # virtual: the work that a tenant would have been given who never wanted for jobs
         self._urgent, self._patient = _Turns(self._given), _Turns(self._given)
-        self._ageing: deque[tuple[float, _Waiting]] = deque()  # batch jobs, by when they become urgent
+        self._ageing: list[tuple[float, int, _Waiting]] = []  # a heap: batch jobs, by when they become urgent
+        self._count = 0  # of jobs so far
+        self._remembered = 2 * TENANTS  # so many tenants, until those are forgotten for whom it matters least
 
     def add(self, waiting: _Waiting, now: float) -> None:
+        """now: when it came, to whom it may have waited for elsewhere."""
         tenant = waiting.ticket.tenant
-        if tenant not in self._urgent and tenant not in self._patient:  # what was not asked for is not saved up
-            self._given[tenant] = max(self._clock, self._given.get(tenant, 0.0))
+        if tenant not in self._urgent and tenant not in self._patient:
+            self._catch_up(tenant)
+        self._count += 1
         if waiting.ticket.priority == "batch":
             self._patient.add(waiting)
-            self._ageing.append((now + AGEING, waiting))
+            heappush(self._ageing, (now + AGEING, self._count, waiting))
         else:
             self._urgent.add(waiting)
 
@@ -202,16 +188,30 @@ class _Line:
         self._age(now)
         while (waiting := self._urgent.first(full) or self._patient.first(full)) is not None:
             ticket = waiting.ticket
-            self._clock = self._given[ticket.tenant]
+            self._clock = max(self._clock, self._given[ticket.tenant])
             self._given[ticket.tenant] += ticket.work
             waiting.begun += 1
             yield Row(ticket.job, waiting.begun - 1)
 
     def _age(self, now: float) -> None:
         while self._ageing and self._ageing[0][0] <= now:
-            _, waiting = self._ageing.popleft()
-            if not waiting.gone and waiting.begun < waiting.ticket.rows:
+            waiting = heappop(self._ageing)[-1]
+            if not waiting.over:
+                if waiting.ticket.tenant not in self._urgent:  # among those it comes only now
+                    self._catch_up(waiting.ticket.tenant)
                 self._urgent.add(waiting)
+
+    def _catch_up(self, tenant: str) -> None:
+        """What was not asked for is not saved up."""
+        self._given[tenant] = max(self._clock, self._given.get(tenant, 0.0))
+        if len(self._given) > self._remembered:
+            there = self._urgent.known | self._patient.known | {tenant}
+            gone = [name for name, given in self._given.items() if given > self._clock and name not in there]
+            kept = nlargest(TENANTS, gone, key=self._given.__getitem__)
+            forgotten = self._given.keys() - there - set(kept)
+            for name in forgotten:
+                del self._given[name]
+            self._remembered = 2 * max(TENANTS, len(self._given))
 
     def __bool__(self) -> bool:
         """Whether anyone has ever waited here."""
@@ -326,12 +326,18 @@ class Scheduler:
             return Plan(None, leave=leave)
         return Plan(lane_name, tuple(self._joiners(self._lanes[lane_name], now)), leave)
 
-    def report(self, lane_name: str, rows: int, seconds: float, finished: Iterable[Row]) -> None:
-        """A step of the lane over so many rows took so many seconds, and these rows are finished."""
+    def report(
+        self, lane_name: str, rows: int, seconds: float, finished: Iterable[Row], *, together: bool = True
+    ) -> None:
+        """A step of the lane over so many rows took so many seconds, and these rows are finished. together: in one
+        batch; what else they took says nothing of what a step costs.
+        """
         lane = self._lanes[lane_name]
-        lane.cost.observe(rows, seconds)
-        lane.deficit -= seconds
-        lane.fastest = min(seconds, lane.fastest or seconds)
+        plausible = lane.cost.plausible(rows, seconds)
+        lane.deficit -= plausible
+        if together and rows:
+            lane.cost.observe(rows, plausible)
+            lane.fastest = min(seconds, lane.fastest or seconds)
         lane.steps, lane.rows, lane.seconds = lane.steps + 1, lane.rows + rows, lane.seconds + seconds
         for row in finished:
             del lane.running[row]
@@ -418,7 +424,12 @@ class Scheduler:
         lane's step, so that every turn pays for one step at least."""
         if not self._round:
             return None
-        quantum = max(self._lanes[name].predicted for name in self._round)
+        lanes = [self._lanes[name] for name in self._round]
+        quantum = max(1e-9, *(lane.predicted for lane in lanes))
+        if lanes[0].deficit < lanes[0].predicted:  # as many whole rounds at once as nobody's turn pays for a step in
+            rounds = min(math.ceil((lane.predicted - lane.deficit) / quantum) for lane in lanes) - 1
+            for lane in lanes if rounds > 0 else ():
+                lane.deficit += rounds * quantum
         while (front := self._lanes[self._round[0]]).deficit < front.predicted:
             # Its turn is over (or has not begun): to the back of the round, and the next one's turn begins.
             self._round.rotate(-1)

@@ -4,7 +4,7 @@ Batches grow from one row on, twice as many each time, for as long as a step is 
 `LONGEST_STEP`. So a slow model is tried in a few seconds, and is served in small batches: others wait for the end of a
 step, and where a step costs by the row, larger ones would not be worth their waiting. Rows that take one step only, as
 all scores of one pass do, need no places beside each other at all: their batches are no longer than `SHORT_STEP`, but
-where they would cost more by the row. What live steps take is learnt from them (`service.scheduler.Cost`).
+where they would cost more by the row. What live steps take is learnt from them (`service.cost`).
 
 Floats are compared bit for bit: every column of the rows after a step, and what is to be seen of them. Where they are
 the same for every multiple of `_rows.ROW_MULTIPLE` that was tried, a batch is filled up to such a multiple; fewer rows

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.scheduler import AGEING, SHARED, Cost, Row, Scheduler, Ticket
+from service.cost import Cost
+from service.scheduler import AGEING, SHARED, TENANTS, Row, Scheduler, Ticket
 
 
 class Simulation:
@@ -311,3 +312,117 @@ def test_bad_tickets_are_refused() -> None:
         Scheduler(0)
     with pytest.raises(ValueError, match="m has jobs"):
         s.forget("m")
+
+
+def test_a_batch_job_that_has_waited_elsewhere_is_urgent_when_its_time_is_over_whoever_came_before() -> None:
+    """Jobs come from the broker's queue in other orders than into it: tenants take turns there."""
+    sim = Simulation(Scheduler(1), {"m": (0.0, 0.1)})
+    sim.now = 3 * AGEING
+    sim.submit(Ticket("fresh", "m", 1, "batch", tenant="a"), 1)
+    sim.tickets["old"] = (Ticket("old", "m", 1, "batch", tenant="b"), 1)
+    sim.scheduler.submit(sim.tickets["old"][0], AGEING)  # it came then, to the broker
+    for k in range(20):
+        sim.submit(Ticket(f"i{k}", "m", 1, tenant="c"), 1)
+        sim.step()
+    assert "old" in sim.ended
+    assert "fresh" not in sim.ended
+
+
+@pytest.mark.parametrize("before", ["one batch job", "a flood of batch jobs", "a batch job long ago"])
+def test_nobody_is_paid_for_what_was_not_asked_for_when_batch_jobs_have_become_urgent(before: str) -> None:
+    """One tenant has been given work for long, and always asks for more, when others come or come again."""
+    sim = Simulation(Scheduler(1), {"m": (0.0, 0.1)})
+    asked = 0
+
+    def steps(n: int) -> None:
+        nonlocal asked
+        for _ in range(n):
+            sim.submit(Ticket(f"always{asked}", "m", 1, tenant="always", work=1), 1)
+            asked += 1
+            sim.step()
+
+    for k in range(1000 if "flood" in before else 1):
+        sim.submit(Ticket(f"batch{k}", "m", 1, "batch", tenant="batch", work=1), 1)
+    steps(round(AGEING / 0.1))
+    while "batch0" not in sim.ended:
+        steps(1)
+    late = "batch"
+    if "long ago" in before:
+        steps(500)
+        for k in range(100):
+            sim.submit(Ticket(f"batch again{k}", "m", 1, tenant="batch", work=1), 1)
+    elif "one" in before:
+        late = "new"
+        for k in range(100):
+            sim.submit(Ticket(f"new{k}", "m", 1, tenant="new", work=1), 1)
+    had = Counter(sim.tickets[job][0].tenant for job in sim.ended)
+    steps(40)
+    has = Counter(sim.tickets[job][0].tenant for job in sim.ended)
+    assert has["always"] - had["always"] == pytest.approx(20, abs=2)
+    assert has[late] - had[late] == pytest.approx(20, abs=2)
+
+
+def test_of_very_many_tenants_not_all_are_remembered_though_somebody_always_waits() -> None:
+    sim = Simulation(Scheduler(1), {"m": (0.0, 0.001)})
+    for k in range(10 * TENANTS):
+        sim.submit(Ticket(f"j{k}", "m", 1, tenant=f"tenant{k}"), 1)
+        if k > 5:
+            sim.step()
+    assert len(sim.scheduler._lanes["m"].line._given) <= 2 * TENANTS + 1
+
+
+@pytest.mark.parametrize("stopped", [60.0, 3600.0])
+def test_a_process_that_stood_still_in_a_step_goes_on_as_before(stopped: float) -> None:
+    sim = Simulation(Scheduler(), costs := {"a": (1e-3, 4e-3), "b": (1e-3, 4e-3)})
+    for lane in costs:
+        for rows in (4, 64):
+            sim.scheduler.prepare(lane, 64, rows, rows * 1e-3 + 4e-3)
+        sim.submit(Ticket(lane, lane, 8), 10**6)
+    for _ in range(100):
+        sim.step()
+    costs["a"] = (0.0, stopped)
+    while sim.used["a"] < stopped:
+        sim.step()
+    costs["a"] = costs["b"]
+    before = sim.used.copy()
+    after = sim.now
+    while sim.now < after + 2:
+        sim.step()
+    assert sim.used["a"] - before["a"] == pytest.approx(sim.used["b"] - before["b"], rel=0.2)
+    assert sim.scheduler.cost("a").predict(8) < 2 * 12e-3
+
+
+def test_a_device_that_has_become_slower_for_good_is_believed() -> None:
+    scheduler = Scheduler()
+    scheduler.prepare("m", 64, 4, 0.008)
+    scheduler.prepare("m", 64, 64, 0.068)
+    for _ in range(100):
+        scheduler.report("m", 8, 1.2, [])
+    assert scheduler.cost("m").predict(8) == pytest.approx(1.2, rel=0.3)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 64), st.sampled_from([-1.0, 0.0, 1e-12, 1e-3, 1e5]), st.booleans()), max_size=60)
+)
+def test_whatever_a_clock_says_costs_are_finite_and_a_lane_steps(steps: list[tuple[int, float, bool]]) -> None:
+    scheduler = Scheduler()
+    for job, lane in (("a", "m"), ("b", "n")):
+        scheduler.submit(Ticket(job, lane, 1), 0.0)
+    for rows, seconds, together in steps:
+        lane = scheduler.plan(0.0).lane
+        assert lane is not None
+        scheduler.report(lane, rows, seconds, [], together=together)
+        a, b = scheduler.cost(lane).coefficients
+        assert 0 <= a < 1e9
+        assert 0 <= b < 1e9
+
+
+def test_steps_that_were_not_taken_together_say_nothing_of_what_a_step_costs() -> None:
+    scheduler = Scheduler()
+    scheduler.prepare("m", 64, 4, 0.01)
+    before = scheduler.load("m")
+    scheduler.report("m", 0, 1e-6, [])
+    scheduler.report("m", 64, 5.0, [], together=False)
+    after = scheduler.load("m")
+    assert (after.fastest, after.row_seconds) == (before.fastest, before.row_seconds)
+    assert (after.steps, after.seconds) == (2, pytest.approx(5.0))
