@@ -9,8 +9,9 @@ their order of summation by size. So a batch is filled up with copies of its las
 at load saw every float agree (`service.warmup`). With `determinism="pixels"` drawing is content with batches whose
 8-bit images were the same in that measurement.
 
-Isolation: a step that raises is taken again row by row, and only the jobs of the rows that raise fail; a row whose
-result is not finite fails alone.
+Isolation: a step that raises is taken again row by row, and only the jobs of the rows that raise fail; so it is with
+their beginnings and results. A row whose result is not finite fails alone. Where the device itself is lost no row is to
+blame: then the engine raises, and its process has to end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -258,13 +260,14 @@ class Engine:
         began = self._clock()
         self._keep(lane, [row for row in lane.ids if row.job in self._jobs])
         self._join(lane, plan.join, began)
-        rows = len(lane.ids)
+        rows, together = len(lane.ids), True
         if lane.rows is not None:
             try:
                 # A copy of the dataclass (not of its tensors), so that a step that raises has not moved on any column.
                 lane.rows = lane.program.step(dataclasses.replace(lane.rows))
             except Exception:
                 log.exception("%s: a step over %d rows raised; taking it row by row", plan.lane, rows)
+                together = False
                 self._step_apart(lane)
         lane.left = [left - 1 for left in lane.left]
         finished: list[Row] = []
@@ -274,7 +277,8 @@ class Engine:
             finished = [row for row, n in zip(lane.ids, lane.left, strict=True) if n <= 0]
             self._deliver(lane, finished)
         seconds = self._clock() - began
-        self._scheduler.report(plan.lane, rows, seconds, [row for row in finished if row.job in self._jobs])
+        ended = [row for row in finished if row.job in self._jobs]
+        self._scheduler.report(plan.lane, rows, seconds, ended, together=together)
         self._account(lane, finished, seconds)
 
     def _join(self, lane: _Lane, joining: Sequence[Row], now: float) -> None:
@@ -291,6 +295,7 @@ class Engine:
             ]
         except Exception:
             log.exception("%d rows cannot begin together; trying each alone", len(joining))
+            _answers(self._device)
             fresh = []
             for row in joining:
                 if row.job not in self._jobs:
@@ -320,6 +325,7 @@ class Engine:
     def _step_apart(self, lane: _Lane) -> None:
         """Take the step that raised for each row alone; fail the jobs of those that raise again."""
         assert lane.rows is not None
+        _answers(self._device)
         parts: list[Rows] = []
         ids: list[Row] = []
         left: list[int] = []
@@ -340,23 +346,40 @@ class Engine:
 
     def _deliver(self, lane: _Lane, finished: Sequence[Row]) -> None:
         """Tell the results of finished rows and let them go."""
+        if not finished:
+            return
         assert lane.rows is not None
         done = set(finished)
         at = [i for i, row in enumerate(lane.ids) if row in done]
-        rows = lane.filled(_rows.take(lane.rows, at))
-        for row, result, ticks in zip(finished, lane.program.result(rows), rows.tick.tolist(), strict=False):
+        ticks = lane.rows.tick[at].tolist()
+        for row, result, taken in zip(finished, self._results(lane, at), ticks, strict=True):
             if row.job not in self._jobs:
                 continue
             job = self._jobs[row.job]
-            job.network_evaluations += ticks * job.rows[row.item].evaluations_per_tick
+            job.network_evaluations += taken * job.rows[row.item].evaluations_per_tick
             if result is None:
-                self._fail(row.job, FloatingPointError("the result is not finite"))
+                result = FloatingPointError("the result is not finite")
+            if isinstance(result, Exception):
+                self._fail(row.job, result)
                 continue
             message = lane.program.message(row.item, result)
             if isinstance(message, ImageDone):
                 job.images[row.item] = message.pixels
             self._emit(row.job, message, False)
         self._keep(lane, [row for row in lane.ids if row not in done and row.job in self._jobs])
+
+    def _results(self, lane: _Lane, at: Sequence[int]) -> list[Any]:
+        """The result of each of these rows: None where it is not finite, an exception where it raised one."""
+        assert lane.rows is not None
+        try:
+            return lane.program.result(lane.filled(_rows.take(lane.rows, at)))[: len(at)]
+        except Exception as e:
+            if len(at) == 1:
+                _answers(self._device)
+                return [e]
+            log.exception("the results of %d rows raised together; asking for each alone", len(at))
+        _answers(self._device)
+        return [result for i in at for result in self._results(lane, [i])]
 
     def _account(self, lane: _Lane, finished: Sequence[Row], seconds: float) -> None:
         """Keep the jobs' books, tell progress, and end those that are complete."""
@@ -393,7 +416,10 @@ class Engine:
         previews: tuple[Pixels | None, ...] = ()
         if due and lane.rows is not None:
             shown: dict[int, Pixels | None] = dict(job.images)
-            drawn = lane.program.result(_rows.take(lane.rows, at))
+            drawn = self._results(lane, at)
+            if (error := next((e for e in drawn if isinstance(e, Exception)), None)) is not None:
+                self._fail(job_id, error)
+                return
             shown |= {lane.ids[i].item: picture for i, picture in zip(at, drawn, strict=True)}
             previews = tuple(shown.get(k) for k in range(job.total))
         job.told, job.told_at = step, now
@@ -407,6 +433,13 @@ class Engine:
     def _end(self, job_id: str, message: Completed | Failed) -> None:
         if self._jobs.pop(job_id, None) is not None:
             self._emit(job_id, message, True)
+
+
+def _answers(device: torch.device) -> None:
+    """Raises what the device raises, where it is lost, as a GPU is to the process in which a kernel has failed: every
+    row would seem to be to blame."""
+    if device.type != "cpu":
+        torch.zeros(1, device=device).item()
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 from toys import Config, Walk, WalkRows
 
-from models._protocol import ImageSpace
+from models._protocol import Draw, ImageSpace
 from service.engine import Engine
 from service.messages import Completed, Failed, Generate, ImageDone, Message, Progress, Scored, ScoreImages, Started
 
@@ -116,6 +118,100 @@ def test_a_row_that_turns_nan_fails_alone() -> None:
     assert "not finite" in desk.last("bad").detail  # type: ignore[union-attr]
     assert not desk.images("bad")
     np.testing.assert_array_equal(desk.images("good"), alone(Generate(3, seed=1, steps=6)))
+
+
+class Unshowable(Walk):
+    """Whose images raise where a row of seed 13 has taken at least so many steps."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__(Config(), SPACE)
+        self.after = after
+
+    def image(self, rows: WalkRows) -> Tensor:
+        if bool(((rows.seed == 13) & (rows.tick >= self.after)).any()):
+            raise RuntimeError("no image of this")
+        return super().image(rows)
+
+
+@pytest.mark.parametrize("after", [1, 6], ids=["preview", "result"])
+def test_a_row_whose_image_raises_fails_alone(after: int) -> None:
+    desk = Desk()
+    desk.engine.put("walk", "2", Unshowable(after))
+    good = {f"good{k}": Generate(1 + k, seed=100 + k, steps=6, preview_every=2) for k in range(3)}
+    for name, task in good.items():
+        desk.engine.submit(name, "walk", task)
+    desk.engine.submit("bad", "walk", Generate(2, seed=13, steps=6, preview_every=2))
+    desk.run()
+    assert desk.last("bad") == Failed("row", "RuntimeError: no image of this")
+    shown = [m for m in desk.told["bad"] if isinstance(m, Progress) and m.previews]
+    assert bool(shown) == (after == 6), "else it fails at its first preview"
+    for name, task in good.items():
+        np.testing.assert_array_equal(desk.images(name), alone(task))
+        assert isinstance(desk.last(name), Completed)
+    assert desk.engine.jobs == 0
+    assert desk.engine.held_bytes == 0
+
+
+class Lost(Walk):
+    """Whose device fails for good, in the beginning, step or result of a row of seed 13."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(Config(), SPACE)
+        self.where, self.lost = where, False
+
+    def use(self, where: str, bad: bool) -> None:
+        self.lost |= bad and where == self.where
+        if self.lost:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def init(self, draws: Sequence[Draw]) -> WalkRows:
+        self.use("init", any(draw.seed == 13 for draw in draws))
+        return super().init(draws)
+
+    def step(self, rows: WalkRows) -> WalkRows:
+        self.use("step", bool((rows.seed == 13).any()))
+        return super().step(rows)
+
+    def image(self, rows: WalkRows) -> Tensor:
+        self.use("image", bool((rows.seed == 13).any()))
+        return super().image(rows)
+
+
+@pytest.mark.parametrize("where", ["init", "step", "image"])
+def test_where_the_device_is_lost_no_row_is_blamed(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process ends, and others do its jobs: else every job that came would fail, and soonest here."""
+    desk, model = Desk(), Lost(where)
+    monkeypatch.setattr("service.engine._answers", lambda device: model.use("any", bad=False))
+    desk.engine.put("walk", "2", model)
+    desk.engine.submit("good", "walk", Generate(2, seed=1, steps=3))
+    desk.engine.submit("bad", "walk", Generate(1, seed=13, steps=3))
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        desk.run()
+    assert not any(isinstance(m, Failed) for told in desk.told.values() for m in told)
+
+
+def test_a_row_that_raises_is_no_measure_of_what_a_step_costs() -> None:
+    now = [0.0]
+
+    class Timed(Walk):
+        """A step takes 10 ms a row; one with a row that raises ends sooner."""
+
+        def step(self, rows: WalkRows) -> WalkRows:
+            after = super().step(rows)
+            now[0] += 0.01 * len(rows.tick)
+            return after
+
+    desk = Desk(clock=lambda: now[0])
+    desk.engine.put("walk", "2", Timed(Config(poison=13), SPACE))
+    desk.engine.submit("good", "walk", Generate(8, seed=1, steps=9))
+    desk.engine.submit("bad", "walk", Generate(1, seed=13, steps=9))
+    desk.run()
+    assert isinstance(desk.last("bad"), Failed)
+    desk.engine.submit("alone", "walk", Generate(1, seed=13, steps=9))
+    desk.run()
+    load = desk.engine.load()["walk/draw"]
+    assert load.fastest == pytest.approx(0.01), "the moment in which the row raised was no step"
+    assert load.row_seconds * 8 + load.step_seconds == pytest.approx(0.08, rel=0.3), "nor were eight steps of a row one"
 
 
 def test_cancelled_work_is_gone_at_the_next_step_and_changes_nobody() -> None:
