@@ -14,7 +14,8 @@ doubt for the job: other lanes are taken to be idle by the time it runs; of what
 no more than for its own tenant's, since tenants take turns; `STALE` seconds are taken off its wait, since what workers
 told may be as old; its steps are taken at the pace of the fastest step that the lane ever took, however few its rows
 were, or at that of the fit, if it is faster. So where the pool is idle, nothing is refused but what could not be done
-even at that pace; and nothing at all before a lane has taken `MEASURED` steps for somebody."""
+even at that pace; and nothing at all before a lane has taken `MEASURED` steps for somebody, or where a worker that has
+yet to load the model takes such jobs as well. What cannot be known is which of those that wait will be cancelled."""
 
 from __future__ import annotations
 
@@ -43,11 +44,9 @@ def forecast(
 
     A job whose solver is adaptive may take fewer steps than it says: give it one step where `least` matters.
     """
-    lanes = [
-        (worker, worker.load[name])
-        for worker in pool
-        if worker.ready and (name := f"{job.model}/{job.kind}") in worker.load
-    ]
+    name = f"{job.model}/{job.kind}"
+    takers = [worker for worker in pool if worker.takes(job.model)]
+    lanes = [(worker, worker.load[name]) for worker in takers if name in worker.load]
     if not lanes:
         return None
     places = sum(load.max_rows for _, load in lanes)
@@ -57,10 +56,10 @@ def forecast(
         before, fair = _before(job, waiting), _fair(job, waiting)
     else:
         before = fair = position * _mean_steps(job, waiting)
-    return Forecast(
-        seconds=min(_expected(job, worker, load, before / places) for worker, load in lanes),
-        least=min(_least(job, load, fair / places) for _, load in lanes),
-    )
+    seconds = min(_expected(job, worker, load, before / places) for worker, load in lanes)
+    if any(_may_load(worker, job.model) for worker in takers if name not in worker.load):
+        return Forecast(seconds, least=0.0)
+    return Forecast(seconds, least=min(_least(job, load, fair / places) for _, load in lanes))
 
 
 def retry_after(units: int, queued: int, pool: Sequence[WorkerState], waiting: Mapping[Line, Waiting]) -> float:
@@ -89,6 +88,12 @@ def _expected(job: Job, worker: WorkerState, load: Load, steps_before: float) ->
     return (wait + run) * lanes
 
 
+def _may_load(worker: WorkerState, model: str) -> bool:
+    """Whether a worker that does not have the model in memory takes jobs for it all the same."""
+    state = worker.models.get(model)
+    return state is not None and state.status != "failed"
+
+
 def _least(job: Job, load: Load, steps_before: float) -> float:
     if load.steps < MEASURED:
         return 0.0
@@ -96,9 +101,8 @@ def _least(job: Job, load: Load, steps_before: float) -> float:
     pace = _full(load) if load.step_seconds > 0 else load.fastest  # without b it was fitted to one size, or to noise
     wait = (room_in + steps_before) * pace - STALE
     batches = -(-job.rows // load.max_rows)
-    own = (
-        load.row_seconds * job.rows / batches + load.step_seconds
-    )  # in the mean; there may have never been so few rows
+    # Of a batch in the mean; there may have never been one of so few rows.
+    own = load.row_seconds * job.rows / batches + load.step_seconds
     return max(0.0, wait) + batches * job.steps * min(load.fastest, own)
 
 

@@ -11,8 +11,8 @@ from api_fakes import Api, events_of, ready_worker
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from service.broker import Job, Line, Waiting, WorkerState
-from service.forecast import MEASURED, STALE, forecast, retry_after
+from service.broker import Job, Line, ModelState, Waiting, WorkerState
+from service.forecast import MEASURED, STALE, Forecast, forecast, retry_after
 from service.scheduler import Load, Row, Scheduler, Ticket
 
 A, B = 0.01, 0.02  # a step over n rows takes A n + B seconds
@@ -139,6 +139,30 @@ def test_the_best_worker_counts_and_lanes_share_its_device() -> None:
     )
     assert others is not None
     assert others.least == pytest.approx(50 * (8 * A + B) - STALE + 20 * (A + B)), "tenants take turns"
+
+
+def test_workers_that_warm_up_or_would_have_to_load_the_model_may_be_the_sooner_ones() -> None:
+    """They are given such jobs: so nobody is refused for the queue of another."""
+    full = worker(m_draw=lane(running=8, waiting=8, urgent_in=1000, patient_in=1000, first_in=500))
+    state = ModelState("ready")
+    least = 1000 * (8 * A + B) - STALE + 20 * (A + B)
+
+    def told(*others: WorkerState) -> Forecast:
+        predicted = forecast(JOB, [full, *others], {})
+        assert predicted is not None
+        return predicted
+
+    assert told().least == pytest.approx(least)
+    warming = dataclasses.replace(worker("v", m_draw=lane()), ready=False, models={"m": state})
+    assert told(warming).least == pytest.approx(20 * (A + B))
+    assert told(warming).seconds == pytest.approx(20 * (4 * A + B))
+    draining = dataclasses.replace(warming, draining=True)
+    assert told(draining).least == pytest.approx(least)
+    for status, ready in (("ready", True), ("loading", True), ("loading", False)):
+        absent = ModelState(status, resident=False)
+        assert told(WorkerState("v", "cpu", ready, {"m": absent})).least == 0
+    for models in ({}, {"m": ModelState("failed")}):
+        assert told(WorkerState("v", "cpu", True, models)).least == pytest.approx(least)
 
 
 def test_what_waits_counts_for_those_behind_it_and_a_flood_for_its_own_tenant() -> None:
