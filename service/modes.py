@@ -12,13 +12,14 @@ finite.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ import torch
 
 from models import _modes, _onnx
 from models._modes import Arguments, Call, NotApplicable
-from models._protocol import Model
+from models._protocol import UNLABELLED, Model, Spec
 from service.engine import Warm
 from service.execution import CHANNELS_LAST, COMPILE, CUDA_GRAPHS, EAGER, ONNX, Execution, Favour, Precision
 from service.programs import Drawing
@@ -75,10 +76,11 @@ class _Choice:
     def consider(self, mode: str, model: Model, max_rows: int) -> bool:
         """Take it where it is as good and faster."""
         try:
-            if self.precision == "float32":
-                _same_levels(self.reference, model, max_rows)
-            else:
-                _levels(model, min(CANONICAL_ROWS, max_rows))
+            for plain in _conditions(model.spec):
+                if self.precision == "float32":
+                    _same_levels(self.reference, model, max_rows, plain)
+                else:
+                    _levels(model, min(CANONICAL_ROWS, max_rows), plain)
             ratio = _ratio(model, self.model, self.timed)
         except Exception as e:  # whatever a mode raises when it draws, another serves
             self.not_chosen[mode] = _reason(e)
@@ -118,31 +120,52 @@ class Modes:
         """`Engine.warm`, in the best of the modes that are there at once. Raises what that does."""
         wanted = [mode for mode in self._modes if mode != EAGER]
         choice = _Choice(model, model, EAGER, "float32", self._timed)
+        examples: Mapping[str, Arguments] = {}
         if wanted or self._precision.get(name, "float32") != "float32":
             with torch.inference_mode():
-                self._choose(name, choice, wanted)
+                examples = self._choose(name, choice, wanted)
+        warm = self._warmed(name, choice)
         for mode, reason in choice.not_chosen.items():
             log.info("%s: %s is not chosen: %s", name, mode, reason)
         if (choice.mode, choice.precision) != (EAGER, "float32"):
             log.info("%s: draws by %s in %s", name, choice.mode, choice.precision)
-        return self._warm(name, model, None if choice.model is model else choice.model, choice.execution)
+        if (
+            COMPILE in wanted and examples
+        ):  # only now: it would disturb the clock, and `choice` is one thread's at a time
+            threading.Thread(
+                target=self._compile, args=(name, choice, examples), name=f"compile {name}", daemon=True
+            ).start()
+        return warm
 
-    def _choose(self, name: str, choice: _Choice, wanted: Sequence[str]) -> None:
+    def _warmed(self, name: str, choice: _Choice) -> Warm:
+        """`Engine.warm` of what was chosen; of the model itself where that raises."""
+        model = choice.reference
+        if choice.model is not model:
+            try:
+                return self._warm(name, model, choice.model, choice.execution)
+            except Exception as e:  # in a batch of a size that was not tried before, perhaps
+                given_up = {choice.mode, choice.precision} - {EAGER, "float32"}
+                log.warning("%s: %s is given up", name, " in ".join(sorted(given_up)), exc_info=True)
+                choice.not_chosen.pop(EAGER, None)
+                choice.not_chosen |= dict.fromkeys(given_up, _reason(e))
+                choice.model, choice.mode, choice.precision = model, EAGER, "float32"
+        return self._warm(name, model, None, choice.execution)
+
+    def _choose(self, name: str, choice: _Choice, wanted: Sequence[str]) -> Mapping[str, Arguments]:
+        """Try what takes no time. Returns with what the model's networks are called; nothing where there is nothing to
+        run otherwise."""
         model, precision = choice.reference, self._precision.get(name, "float32")
         try:
             examples = _modes.called(model)
         except NotApplicable as e:
             low = [precision] if precision != "float32" else []
             choice.not_chosen |= {what: str(e) for what in (*wanted, *low)}
-            return
+            return {}
         if precision == "bfloat16":
             calls = {key: _modes.Autocast(model.networks()[key], model.device) for key in examples}
             choice.model, choice.precision = _modes.twin(model, calls), precision
         for mode in wanted:
             if mode == COMPILE:
-                threading.Thread(
-                    target=self._compile, args=(name, choice, examples), name=f"compile {name}", daemon=True
-                ).start()
                 continue
             try:
                 made = self._made(mode, name, model, precision, examples)
@@ -150,6 +173,7 @@ class Modes:
                 choice.not_chosen[mode] = _reason(e)
             else:
                 choice.consider(mode, made, self._max_rows)
+        return examples
 
     def _made(
         self, mode: str, name: str, model: Model, precision: Precision, examples: Mapping[str, Arguments]
@@ -201,10 +225,16 @@ def _reason(error: Exception) -> str:
     return told.partition("\n")[0]
 
 
-def _levels(model: Model, rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _conditions(spec: Spec) -> Sequence[bool]:
+    """Whether requests are plain, which have no condition: a network may be called otherwise then."""
+    return (False, True) if spec.image.labels or spec.image.captions else (False,)
+
+
+def _levels(model: Model, rows: int, plain: bool = False) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """8-bit images of a short chain. Raises `NotApplicable` where one is not finite."""
     program = Drawing(model)
-    drawn = model.init(_modes.example_draws(model.spec, rows, PARITY_STEPS))
+    asked = _modes.example_draws(model.spec, rows, PARITY_STEPS)
+    drawn = model.init([replace(draw, label=UNLABELLED, prompt=None) for draw in asked] if plain else asked)
     for _ in range(PARITY_STEPS):
         if int(drawn.left.min()) <= 0:
             break
@@ -215,9 +245,9 @@ def _levels(model: Model, rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.
     return np.stack(images)
 
 
-def _same_levels(reference: Model, other: Model, max_rows: int) -> None:
+def _same_levels(reference: Model, other: Model, max_rows: int, plain: bool = False) -> None:
     rows = min(CANONICAL_ROWS, max_rows)
-    expected, found = _levels(reference, rows), _levels(other, rows)
+    expected, found = _levels(reference, rows, plain), _levels(other, rows, plain)
     if differ := int((expected != found).sum()):
         raise NotApplicable(f"changes {differ} of {expected.size} pixels")
 
@@ -245,6 +275,9 @@ def _seconds(model: Model, rows: int) -> float:
 
 def use_cache(folder: Path | None) -> None:
     """Where compiled code is kept, so that a restart finds it. Before anything is compiled."""
-    path = folder or Path.home() / ".cache" / "drawwell" / "compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(path))
+    if folder is None:
+        with contextlib.suppress(RuntimeError):  # a user without a home, as in a container: then torch's own choice
+            folder = Path.home() / ".cache" / "drawwell" / "compiled"
+    if folder is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # the cores are the workers'

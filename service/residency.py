@@ -54,6 +54,9 @@ class Residency:
         self._weights: dict[str, int] = {}  # "<model>@<version>" -> bytes: measured, or before that, at least
         self._wanted: dict[str, None] = {}  # models to load, in this order
         self._loading: str | None = None  # what the loader was asked for
+        self._early: tuple[Model, Warm | None, Execution] | None = (
+            None  # what was told of that model before it was here
+        )
         self._waiting: dict[str, dict[str, Waiting]] = {}  # model -> job -> ...
 
     @property
@@ -121,9 +124,13 @@ class Residency:
         else:
             self._loading = None
             self._wanted.pop(news.name, None)
+            early, self._early = self._early, None
             if news.name in self._on_disk:
                 if isinstance(news, Loaded):
-                    return self._loaded(news)
+                    heard = self._loaded(news)
+                    if early is not None:
+                        self.renew(news.name, *early)
+                    return heard
                 return [], self._refused(news.name, news.version, news.error)
         return [], []
 
@@ -146,8 +153,12 @@ class Residency:
         return changed
 
     def renew(self, name: str, model: Model, warm: Warm | None, execution: Execution) -> bool:
-        """Draw in another way from now on, or (without `warm`) say why not. False where that model serves no longer."""
+        """Draw in another way from now on, or (without `warm`) say why not. False where that model serves no longer, or
+        does not yet: what was soon compiled may be told before the loader has told of the model.
+        """
         if name not in self._serving or not self._engine.serves(name, model):
+            if name == self._loading:
+                self._early = model, warm, execution
             return False
         if warm is not None:
             self._engine.renew(name, warm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,9 +21,10 @@ from models._protocol import Model
 from service import modes
 from service.engine import Engine
 from service.execution import Execution, Favour, Precision, execution_in, modes_in, precisions_in
-from service.loader import weigh
+from service.loader import Found, Loaded, weigh
 from service.messages import Completed, Generate, ImageDone, Message, Scored, ScoreImages
 from service.modes import Modes, Renewed
+from service.residency import Residency
 from training.__main__ import main
 
 
@@ -252,6 +254,48 @@ def test_a_mode_that_raises_or_has_nothing_to_run_leaves_the_model_in_service(
     assert set(found.not_chosen) == {"channels-last", "bfloat16"}
 
 
+def refusing(refuses: Callable[..., bool]) -> Callable[[nn.Module], Callable[..., Any]]:
+    """A mode that raises where it is called so."""
+
+    def made(network: nn.Module) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if refuses(*args):
+                raise RuntimeError("not so")
+            return network(*args)
+
+        return call
+
+    return made
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_mode_that_cannot_draw_without_a_condition_is_not_chosen(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    """Examples have a label: of those without, a network sees labels of -1 alone."""
+    monkeypatch.setattr(_modes, "ChannelsLast", refusing(lambda x, t, labels: bool((labels < 0).all())))
+    monkeypatch.setattr(modes, "_ratio", lambda *_: 0.5)
+    desk = Desk(model, tmp_path, ["channels-last"], precision)
+    assert desk.warm.execution.mode == "eager"
+    assert desk.warm.execution.precision == precision
+    assert desk.warm.execution.not_chosen["channels-last"] == "RuntimeError: not so"
+    assert len(desk.draw()[0]) == 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_mode_that_fails_when_the_model_is_tried_in_large_batches_is_given_up(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision
+) -> None:
+    monkeypatch.setattr(_modes, "ChannelsLast", refusing(lambda x, t, labels: len(x) > 40))
+    monkeypatch.setattr(modes, "_ratio", lambda *_: 0.5)
+    desk = Desk(model, tmp_path, ["channels-last"], precision, max_rows=64)
+    found = desk.warm.execution
+    assert (found.mode, found.precision) == ("eager", "float32")
+    expected = {"channels-last"} | {precision} - {"float32"}
+    assert found.not_chosen == dict.fromkeys(expected, "RuntimeError: not so")
+    np.testing.assert_array_equal(desk.draw()[0], Desk(model, tmp_path).draw()[0])
+
+
 def test_what_shall_be_fast_decides_between_modes(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +429,55 @@ def test_what_cannot_be_compiled_is_told_and_served_as_it_is(
     assert renewed.warm is None
     assert renewed.execution.not_chosen == {"compile": "RuntimeError: no compiler here"}
     assert len(desk.draw()[0]) == 3
+
+
+def test_compiling_begins_when_the_model_has_been_tried(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would disturb the clock; and one thread after the other writes down what was chosen."""
+    warm, compiling = Engine.warm, []
+
+    def watched(*args: Any) -> Any:
+        compiling.append([thread.name for thread in threading.enumerate() if thread.name.startswith("compile")])
+        return warm(*args)
+
+    began = threading.Event()
+    monkeypatch.setattr(Engine, "warm", watched)
+    monkeypatch.setattr(_modes, "compiled", lambda *_: began.set())
+    Desk(model, tmp_path, ["compile", "channels-last"])
+    assert began.wait(60)
+    assert compiling == [[]]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_is_compiled_sooner_than_the_model_is_taken_in_is_not_lost(
+    model: Model, tmp_path: Path, precision: Precision
+) -> None:
+    engine = Engine(lambda *_: None, max_rows=4)
+    asked: list[str] = []
+    residency = Residency(engine, asked.append)
+    residency.hear(Found("m", "1", 1))
+    residency.pump()
+    assert asked == ["m"]
+    first = engine.warm("m", model)
+    network = model.networks()["network"]
+    second = engine.warm("m", model, twin(model, {"network": network}), Execution("compile", precision))
+    assert not residency.renew("m", model, second, second.execution)
+    residency.hear(Loaded("m", "1", first, 1, 0.1))
+    assert residency.states["m"].execution == second.execution
+    assert engine._lanes[engine._models["m"].lanes["draw"]] is second.lanes[0]
+
+
+def test_a_user_without_a_home_is_no_reason_not_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(os, "environ", {})
+    modes.use_cache(None)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    modes.use_cache(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
