@@ -33,7 +33,9 @@ class Metrics:
 
         self._requests = counter("http_requests", "Requests answered", "route", "method", "status")
         self._request_seconds = histogram("http_request_seconds", "From a request to the end of its answer", "route")
-        self._jobs = counter("jobs", "Jobs that ended, by how", "model", "kind", "outcome")
+        self._jobs = counter(
+            "jobs", "Jobs that ended while the request they came from was there, by how", "model", "kind", "outcome"
+        )
         self._refused = counter("refused", "Requests refused for want of room, time or workers", "reason")
         self._cancelled = counter("cancelled", "Jobs ended before they were done, by why", "reason")
         self._first_step = histogram(

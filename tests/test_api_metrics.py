@@ -9,7 +9,7 @@ import pytest
 from api_fakes import Api, Call, after, ready_worker, silence, tell
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.broker import ModelState, QueueFull, WorkerState
+from service.broker import Job, ModelState, QueueFull, WorkerState
 from service.messages import Failed, Started
 from service.scheduler import Load
 
@@ -71,6 +71,25 @@ async def test_the_first_step_and_what_ended_early_are_counted_by_their_reason(a
     assert found["drawwell_cancelled_total", key(reason="deleted")] == 1
     assert found["drawwell_time_to_first_step_seconds_count", key(model="gan", kind="draw")] == 2
     assert found["drawwell_jobs_total", key(model="gan", kind="draw", outcome="cancelled")] == 3
+
+
+async def test_a_request_that_is_answered_by_an_earlier_ones_job_counts_no_job(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: dict[str | None, str] = {}
+    submit = api.broker.submit
+
+    async def known(job: Job) -> str:
+        return first[job.key] if job.key in first else first.setdefault(job.key, await submit(job))
+
+    monkeypatch.setattr(api.broker, "submit", known)
+    for accept in ("application/json", "text/event-stream", "image/png"):
+        answer = await api.post("/generate", {"model": "gan"}, headers={"Idempotency-Key": "k", "Accept": accept})
+        assert answer.status_code == 200
+    found = await samples(api)
+    assert found["drawwell_http_requests_total", key(route="/generate", method="POST", status="200")] == 3
+    assert found["drawwell_jobs_total", key(model="gan", kind="draw", outcome="done")] == 1
+    assert found["drawwell_queue_seconds_count", key(model="gan", kind="draw")] == 1
 
 
 async def test_a_model_shows_what_its_workers_do(api: Api) -> None:

@@ -441,11 +441,12 @@ def test_compiling_begins_when_the_model_has_been_tried(
         compiling.append([thread.name for thread in threading.enumerate() if thread.name.startswith("compile")])
         return warm(*args)
 
-    began = threading.Event()
+    began, go_on = threading.Event(), threading.Event()
     monkeypatch.setattr(Engine, "warm", watched)
-    monkeypatch.setattr(_modes, "compiled", lambda *_: began.set())
+    monkeypatch.setattr(_modes, "compiled", lambda *_: (began.set(), go_on.wait(60)))
     Desk(model, tmp_path, ["compile", "channels-last"])
     assert began.wait(60)
+    go_on.set()
     assert compiling == [[]]
 
 

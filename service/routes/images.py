@@ -77,9 +77,10 @@ async def generate(request: Request, services: Served) -> Response:
     watch = services.metrics.job(job.model, "draw")
     if later or job.key is not None:  # it may be that an earlier request's job stands for this one
         job_id = await services.broker.submit(job)
+        mine = job_id == job.id
         job = (await services.broker.status(job_id)).job
         drawing = Drawing.unpack(job.about)
-        told_of = attend(services.broker, job, watch=watch, waits=streamed)
+        told_of = attend(services.broker, job, watch=watch if mine else None, waits=streamed)
     else:
         told_of = follow(services.broker, job, watch, waits=streamed)
     if later:
