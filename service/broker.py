@@ -27,6 +27,7 @@ MAX_DEATHS = 3  # workers that may stop while they do this job and no other: aft
 SUSPECT = 2  # deaths, in whatever company, after which a worker does a job alone, to see whether it is to blame
 NOBODY: Mapping[str, Sequence[str]] = MappingProxyType({})  # model -> no tenant
 CANCELLED = "cancelled"  # why a job was lost that nobody wanted any longer
+UNSERVED = "no worker serves"  # its model any longer: how the reason begins where that was removed, or failed
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from service.broker import (
     CANCELLED,
     MAX_DEATHS,
     NOBODY,
+    UNSERVED,
     Broker,
     Claims,
     Event,
@@ -294,7 +295,7 @@ class LocalBroker(Broker):
             for place in list(queue) if model not in served else ():
                 queue.remove(place)
                 self._count(self._records[place.job].job, -1)
-                self._end(self._records[place.job], lost=f"no worker serves {model} any longer")
+                self._end(self._records[place.job], lost=f"{UNSERVED} {model} any longer")
 
     def _end(self, record: _Record, lost: str | None = None) -> None:
         record.ended, record.lost = True, lost

@@ -40,6 +40,7 @@ from service._redis import PREFIX, Store, reached, steadily
 from service._wires import ANSWER_SECONDS, AWAY
 from service.broker import (
     CANCELLED,
+    UNSERVED,
     Broker,
     BrokerAway,
     Event,
@@ -273,7 +274,7 @@ class RedisBroker(Broker):
         served = {name for state in states for name, model in state.models.items() if model.status != "failed"}
         for priority, model in {(line.priority, line.model) for line in self._waiting if line.model not in served}:
             for place in await self._store.commands.zrange(_queue(priority, model), 0, 999):
-                await self._store.run("cancel", place.split(b" ")[2], f"no worker serves {model} any longer")
+                await self._store.run("cancel", place.split(b" ")[2], f"{UNSERVED} {model} any longer")
 
     async def _tidy(self) -> None:
         await self._store.run("reap", 1000, int(1000 * GONE_SECONDS))

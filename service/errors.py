@@ -39,7 +39,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from service.broker import BrokerAway, JobLost, KeyTaken, NoWorker, QueueFull
+from service.broker import UNSERVED, BrokerAway, JobLost, KeyTaken, NoWorker, QueueFull
 from service.forecast import Forecast
 from service.messages import Failed
 
@@ -230,6 +230,8 @@ def problem_of(error: Exception) -> Problem:
             return Invalid(Fault(("header", "Idempotency-Key"), str(error), error.key))
         case NoWorker():
             return Unavailable("no worker is connected that could do this")
+        case JobLost() if str(error).startswith(UNSERVED):
+            return Unavailable(str(error))
         case JobLost():
             return Lost(f"the job ended without an answer: {error}")
         case TimeoutError():

@@ -104,6 +104,9 @@ async def test_refusals_are_counted_by_their_reason(api: Api) -> None:
     api.broker.refusal = QueueFull(3.0, 10, 10)
     await api.post("/generate", {"model": "gan"})
     assert (await samples(api))["drawwell_refused_total", key(reason="busy")] == 1
+    api.broker.states = []
+    assert (await api.get("/readyz")).status_code == 503
+    assert ("drawwell_refused_total", key(reason="unavailable")) not in await samples(api), "it asks for nothing"
 
 
 async def test_workers_tell_of_themselves(api: Api) -> None:

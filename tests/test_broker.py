@@ -23,6 +23,7 @@ from service.broker import (
     Waiting,
     WorkerState,
 )
+from service.errors import problem_of
 from service.scheduler import Load
 
 pytestmark = pytest.mark.anyio
@@ -443,8 +444,9 @@ async def test_queued_jobs_for_a_model_that_is_gone_are_answered_at_once(kind: K
         await broker.submit(job("a"))
         states = {"m": ModelState("failed", error="broken")}
         await w.claims.announce(WorkerState("w", "cpu", True, states))
-        with pytest.raises(JobLost, match="no worker serves m any longer"):
+        with pytest.raises(JobLost, match="no worker serves m any longer") as lost:
             await asyncio.wait_for(told(broker, "a"), 5)
+        assert problem_of(lost.value).status == 503, "somebody took it away: no fault of the server"
 
 
 async def test_ended_jobs_are_forgotten_after_a_while(kind: Kind) -> None:

@@ -31,10 +31,9 @@ async def metrics(services: Served) -> Response:
 async def readyz(services: Served) -> Health | Response:
     """A worker has tried every model and warmed up those that work; 503 before that, and while shutting down."""
     if services.draining:
-        raise errors.Unavailable("shutting down")
+        return errors.Unavailable("shutting down").response()  # not raised: nobody is refused
     pool = await services.broker.pool()
     if not any(worker.ready for worker in pool):
-        raise errors.Unavailable(
-            f"{len(pool)} workers are connected, none is ready yet" if pool else "no worker is connected"
-        )
+        what = f"{len(pool)} workers are connected, none is ready yet" if pool else "no worker is connected"
+        return errors.Unavailable(what).response()
     return Health(status="ready")
