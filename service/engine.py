@@ -280,6 +280,7 @@ class Engine:
         ended = [row for row in finished if row.job in self._jobs]
         self._scheduler.report(plan.lane, rows, seconds, ended, together=together)
         self._account(lane, finished, seconds)
+        self._scheduler.charge(plan.lane, self._clock() - began - seconds)  # previews may cost more than a step
 
     def _join(self, lane: _Lane, joining: Sequence[Row], now: float) -> None:
         if not joining:

@@ -64,7 +64,8 @@ def forecast(
 
 def retry_after(units: int, queued: int, pool: Sequence[WorkerState], waiting: Mapping[Line, Waiting]) -> float:
     """Seconds until `units` of the `queued` step-units should be done, 1 … 3600: their part of the time that the pool
-    is predicted to take for all that it has and all that waits."""
+    is predicted to take for all that it has and all that waits; of more than are queued, all of it, since a job of any
+    size has room where nothing is queued."""
     paces: dict[str, list[float]] = {}
     seconds = 0.0
     ready = [worker for worker in pool if worker.ready]
@@ -76,7 +77,7 @@ def retry_after(units: int, queued: int, pool: Sequence[WorkerState], waiting: M
     for line, there in waiting.items():
         known = paces.get(f"{line.model}/{line.kind}", [])
         seconds += there.steps * (sum(known) / len(known) if known else 0.0)
-    return max(1.0, min(seconds / max(1, len(ready)) * units / max(1, queued), 3600.0))
+    return max(1.0, min(seconds / max(1, len(ready)) * min(1.0, units / max(1, queued)), 3600.0))
 
 
 def _expected(job: Job, worker: WorkerState, load: Load, steps_before: float) -> float:

@@ -346,6 +346,12 @@ class Scheduler:
                 del self._unfinished[row.job], self._tickets[row.job]
         self._settle(lane_name)
 
+    def charge(self, lane_name: str, seconds: float) -> None:
+        """A lane has used the device for something else than a step, as for previews."""
+        lane = self._lanes[lane_name]
+        lane.deficit -= seconds
+        lane.seconds += seconds
+
     def drop(self, job: str) -> None:
         """Drop a job now: it failed. One that is not there is no error."""
         ticket = self._tickets.pop(job, None)

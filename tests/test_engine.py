@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -347,6 +347,42 @@ def test_ten_cancelled_neighbours_change_nobodys_pixels() -> None:
         assert sum(desk.last(name) == Failed("cancelled", CANCELLED) for name in unwanted) >= 5
         for name, task in kept.items():
             np.testing.assert_array_equal(desk.images(name), alone(task))
+
+
+def test_a_model_pays_for_its_previews() -> None:
+    """While another is asked as well, whose steps take as long."""
+    now = [0.0]
+    used = Counter[str]()
+
+    class Costly(Walk):
+        """10 ms a step, 90 ms to show it."""
+
+        name = ""
+
+        def spend(self, seconds: float) -> None:
+            now[0] += seconds
+            used[self.name] += seconds  # type: ignore[assignment]
+
+        def step(self, rows: WalkRows) -> WalkRows:
+            self.spend(0.01)
+            return super().step(rows)
+
+        def image(self, rows: WalkRows) -> Tensor:
+            self.spend(0.09)
+            return super().image(rows)
+
+    desk = Desk(clock=lambda: now[0])
+    for name in ("shown", "unseen"):
+        model = Costly(Config(), SPACE)
+        model.name = name
+        desk.engine.put(name, "1", model)
+    used.clear()
+    desk.engine.submit("a", "shown", Generate(1, seed=1, steps=1000, preview_every=1))
+    desk.engine.submit("b", "unseen", Generate(1, seed=1, steps=1000))
+    while desk.engine.jobs == 2:
+        desk.engine.step()
+    assert used["shown"] == pytest.approx(used["unseen"], rel=0.1)
+    assert desk.engine.load()["shown/draw"].seconds == pytest.approx(used["shown"], rel=0.1)
 
 
 def test_tenants_are_charged_what_their_rows_take() -> None:

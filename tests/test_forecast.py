@@ -192,7 +192,8 @@ def test_retry_after_is_the_time_that_the_work_over_the_bound_takes() -> None:
     whole = 800 * (8 * A + B) / 8 / 2
     assert retry_after(100, 400, pool, line) == pytest.approx(whole / 4)
     assert retry_after(1, 10**6, pool, line) == 1
-    assert retry_after(10**6, 1, pool, line) == 3600
+    assert retry_after(10**6, 400, pool, line) == pytest.approx(whole), "then nothing is queued, and any job has room"
+    assert retry_after(10**6, 400, pool, {Line("m", "draw", "interactive", ""): Waiting(1, 10**7)}) == 3600
     assert retry_after(10, 10, [], line) == 1
 
 
