@@ -258,7 +258,6 @@ class Engine:
     def _step(self, plan: Plan, lane: _Lane) -> None:
         assert plan.lane is not None
         began = self._clock()
-        self._keep(lane, [row for row in lane.ids if row.job in self._jobs])
         self._join(lane, plan.join, began)
         rows, together = len(lane.ids), True
         if lane.rows is not None:
@@ -280,6 +279,7 @@ class Engine:
         ended = [row for row in finished if row.job in self._jobs]
         self._scheduler.report(plan.lane, rows, seconds, ended, together=together)
         self._account(lane, finished, seconds)
+        self._keep(lane, [row for row in lane.ids if row.job in self._jobs])  # it may be long until it steps again
         self._scheduler.charge(plan.lane, self._clock() - began - seconds)  # previews may cost more than a step
 
     def _join(self, lane: _Lane, joining: Sequence[Row], now: float) -> None:
