@@ -129,9 +129,8 @@ class Modes:
             log.info("%s: %s is not chosen: %s", name, mode, reason)
         if (choice.mode, choice.precision) != (EAGER, "float32"):
             log.info("%s: draws by %s in %s", name, choice.mode, choice.precision)
-        if (
-            COMPILE in wanted and examples
-        ):  # only now: it would disturb the clock, and `choice` is one thread's at a time
+        # Only now: it would disturb the clock, and `choice` is one thread's at a time.
+        if COMPILE in wanted and examples:
             threading.Thread(
                 target=self._compile, args=(name, choice, examples), name=f"compile {name}", daemon=True
             ).start()

@@ -54,9 +54,8 @@ class Residency:
         self._weights: dict[str, int] = {}  # "<model>@<version>" -> bytes: measured, or before that, at least
         self._wanted: dict[str, None] = {}  # models to load, in this order
         self._loading: str | None = None  # what the loader was asked for
-        self._early: tuple[Model, Warm | None, Execution] | None = (
-            None  # what was told of that model before it was here
-        )
+        # What was told of the model that is being loaded before it was here.
+        self._early: tuple[Model, Warm | None, Execution] | None = None
         self._waiting: dict[str, dict[str, Waiting]] = {}  # model -> job -> ...
 
     @property
