@@ -62,27 +62,33 @@ def upper_bound(n: int, k: int, confidence: float = 0.95) -> float:
 @lru_cache(maxsize=4096)
 def rank_with_confidence(n: int, alpha: float, confidence: float) -> int:
     """The largest k whose true false-alarm rate is at most α with that confidence over calibrations; 0: none is."""
-    low, high = 0, rank(n, alpha)
+    low, high, left = 0, rank(n, alpha), (1 - confidence) * (1 + 1e-9)
     while low < high:  # the bound rises with k; it is ≤ α where the distribution has reached the confidence at α
         k = (low + high + 1) // 2
-        low, high = (k, high) if beta_cdf(alpha, k, n + 1 - k) >= confidence else (low, k - 1)
+        low, high = (k, high) if _beyond(alpha, k, n + 1 - k) <= left else (low, k - 1)
     return low
 
 
 def needed_with_confidence(alpha: float, confidence: float) -> int:
-    """The least n for which `rank_with_confidence` is not 0: P(Beta(1, n) ≤ α) = 1 − (1 − α)ⁿ ≥ confidence. MOST where
-    it is more."""
-    return math.ceil(min(math.log1p(-confidence) / math.log1p(-alpha), MOST) * (1 - 1e-12))
+    """The least n for which `rank_with_confidence` is not 0: P(Beta(1, n) ≤ α) = 1 − (1 − α)ⁿ ≥ confidence, and n is at
+    least `needed`. MOST where it is more."""
+    promised = math.ceil(min(math.log1p(-confidence) / math.log1p(-alpha), MOST) * (1 - 1e-12))
+    return max(promised, needed(alpha))
 
 
 def beta_cdf(x: float, a: int, b: int) -> float:
     """P(Beta(a, b) ≤ x) for whole a, b ≥ 1: that at least a of a + b − 1 uniform numbers are ≤ x."""
+    return 1 - _beyond(x, a, b)
+
+
+def _beyond(x: float, a: int, b: int) -> float:
+    """1 − `beta_cdf`, exact also where it is tiny."""
     if x <= 0 or x >= 1:
-        return float(x >= 1)
+        return float(x <= 0)
     n = a + b - 1
     fewer, factorials = np.arange(a), _log_factorials(n)
     logs = factorials[n] - factorials[:a] - factorials[n - fewer] + fewer * math.log(x) + (n - fewer) * math.log1p(-x)
-    return float(1 - np.exp(logs).sum())
+    return float(np.exp(logs).sum())
 
 
 @lru_cache(maxsize=64)  # one for each calibration in use: they are asked for in every request

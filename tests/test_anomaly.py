@@ -76,6 +76,17 @@ def test_a_promise_is_worked_out_while_a_request_waits(n: int, alpha: float) -> 
     assert conformal.upper_bound(n, k) <= alpha < conformal.upper_bound(n, k + 1)
 
 
+@given(
+    alpha=st.floats(2e-3, 0.9),
+    confidence=st.one_of(st.floats(0.01, 0.999), st.sampled_from([1 - 1e-6, 1 - 1e-10, 1 - 1e-14])),
+)
+def test_the_number_of_images_that_a_promise_takes_is_the_least(alpha: float, confidence: float) -> None:
+    """And is told right where a small confidence promises less than alpha alone takes."""
+    n = conformal.needed_with_confidence(alpha, confidence)
+    assert conformal.rank_with_confidence(n, alpha, confidence) > 0
+    assert n == 1 or conformal.rank_with_confidence(n - 1, alpha, confidence) == 0
+
+
 @pytest.mark.parametrize("share", [5e-324, 1e-310, 1e-200, 1e-17])
 def test_shares_that_no_number_of_images_could_serve_are_told_as_a_number(share: float) -> None:
     for needed in (
