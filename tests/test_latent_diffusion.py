@@ -3,7 +3,6 @@ codes, images of any size given back."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
