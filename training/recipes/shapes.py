@@ -85,8 +85,8 @@ def pixelcnn() -> Run:
 
 
 def ddpm() -> Run:
-    """DDPM in colour, blind to captions, v-prediction, cosine schedule, learned variance, to find faults with: 46 minutes
-    of one thread, beside other work.
+    """DDPM in colour, blind to captions, v-prediction, cosine schedule, learned variance, to find faults with: 46
+    minutes of one thread, beside other work.
 
     Its heat maps find faults of all kinds, those of shape too (docs/anomalies.md). Samples have crisp colours and
     places, and rough shapes.
