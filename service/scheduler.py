@@ -430,17 +430,18 @@ class Scheduler:
         lane's step, so that every turn pays for one step at least."""
         if not self._round:
             return None
-        lanes = [self._lanes[name] for name in self._round]
-        quantum = max(1e-9, *(lane.predicted for lane in lanes))
-        if lanes[0].deficit < lanes[0].predicted:  # as many whole rounds at once as nobody's turn pays for a step in
+        quantum = max(1e-9, *(self._lanes[name].predicted for name in self._round))
+        while True:
+            for _ in range(len(self._round)):
+                if (front := self._lanes[self._round[0]]).deficit >= front.predicted:
+                    return self._round[0]
+                # Its turn is over (or has not begun): to the back of the round, and the next one's turn begins.
+                self._round.rotate(-1)
+                self._lanes[self._round[0]].deficit += quantum
+            lanes = [self._lanes[name] for name in self._round]
             rounds = min(math.ceil((lane.predicted - lane.deficit) / quantum) for lane in lanes) - 1
-            for lane in lanes if rounds > 0 else ():
+            for lane in lanes if rounds > 0 else ():  # at once, as many in which nobody's turn would pay for a step
                 lane.deficit += rounds * quantum
-        while (front := self._lanes[self._round[0]]).deficit < front.predicted:
-            # Its turn is over (or has not begun): to the back of the round, and the next one's turn begins.
-            self._round.rotate(-1)
-            self._lanes[self._round[0]].deficit += quantum
-        return self._round[0]
 
     def _joiners(self, lane: _Lane, now: float) -> Iterable[Row]:
         if not lane.pending:
