@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -90,15 +91,34 @@ class _Replaced(nn.Module):
         super().__init__()
         self.network = network
         self.__dict__["call"] = call  # no submodule, whatever it is
+        self.tell: Callable[[Exception], None] | None = None  # see `fall_back`
 
     def forward(self, *args: Any) -> Any:
-        return self.__dict__["call"](*args)
+        try:
+            return self.__dict__["call"](*args)
+        except Exception as e:
+            if self.tell is None:
+                raise
+            error = e
+        result = self.network(*args)  # where this raises as well, it is the arguments
+        self.tell(error)
+        self.__dict__["call"], self.tell = self.network, None
+        return result
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("network"), name)
+
+
+def fall_back(twin: Model, tell: Callable[[str, Exception], None]) -> None:
+    """From now on a network of the twin for which the other function raises, while the network itself does not, is run
+    as it was written, then and ever after. tell: called with its name, once.
+    """
+    for name, network in twin.networks().items():
+        if isinstance(network, _Replaced):
+            network.tell = partial(tell, name)
 
 
 # ------------------------------------------------------------------------------------------------------------ the modes

@@ -141,7 +141,7 @@ class Modes:
         model = choice.reference
         if choice.model is not model:
             try:
-                return self._warm(name, model, choice.model, choice.execution)
+                return self._tried(name, choice, choice.model)
             except Exception as e:  # in a batch of a size that was not tried before, perhaps
                 given_up = {choice.mode, choice.precision} - {EAGER, "float32"}
                 log.warning("%s: %s is given up", name, " in ".join(sorted(given_up)), exc_info=True)
@@ -149,6 +149,20 @@ class Modes:
                 choice.not_chosen |= dict.fromkeys(given_up, _reason(e))
                 choice.model, choice.mode, choice.precision = model, EAGER, "float32"
         return self._warm(name, model, None, choice.execution)
+
+    def _tried(self, name: str, choice: _Choice, drawing: Model) -> Warm:
+        """`Engine.warm`; and if the mode fails for the first time later on, the model is run as it was written. Not
+        where its images would be others.
+        """
+
+        def told(network: str, error: Exception) -> None:
+            log.error("%s: %s is given up for eager, until it is loaded again", name, mode, exc_info=error)
+
+        mode = choice.mode
+        warm = self._warm(name, choice.reference, drawing, choice.execution)
+        if choice.precision == "float32":
+            _modes.fall_back(drawing, told)
+        return warm
 
     def _choose(self, name: str, choice: _Choice, wanted: Sequence[str]) -> Mapping[str, Arguments]:
         """Try what takes no time. Returns with what the model's networks are called; nothing where there is nothing to
@@ -211,7 +225,7 @@ class Modes:
                 made = self._made(COMPILE, name, model, self._precision.get(name, "float32"), examples)
                 log.info("%s: compiled in %.1f s", name, time.monotonic() - began)
                 if choice.consider(COMPILE, made, self._max_rows):
-                    warm = self._warm(name, model, made, choice.execution)
+                    warm = self._tried(name, choice, made)
         except Exception as e:  # whatever the compiler says of a model: it is served as it is
             choice.not_chosen[COMPILE] = _reason(e)
         if warm is None:
@@ -221,7 +235,8 @@ class Modes:
 
 def _reason(error: Exception) -> str:
     told = str(error) if isinstance(error, NotApplicable) else f"{type(error).__name__}: {error}"
-    return told.partition("\n")[0]
+    first, *others = (line.strip() for line in told.splitlines() if line.strip())
+    return f"{first} {others[0]}" if others and first.endswith(":") else first  # as of what a compiler's backend raised
 
 
 def _conditions(spec: Spec) -> Sequence[bool]:

@@ -22,7 +22,7 @@ from service import modes
 from service.engine import Engine
 from service.execution import Execution, Favour, Precision, execution_in, modes_in, precisions_in
 from service.loader import Found, Loaded, weigh
-from service.messages import Completed, Generate, ImageDone, Message, Scored, ScoreImages
+from service.messages import Completed, Failed, Generate, ImageDone, Message, Scored, ScoreImages
 from service.modes import Modes, Renewed
 from service.residency import Residency
 from training.__main__ import main
@@ -296,6 +296,37 @@ def test_a_mode_that_fails_when_the_model_is_tried_in_large_batches_is_given_up(
     np.testing.assert_array_equal(desk.draw()[0], Desk(model, tmp_path).draw()[0])
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_mode_that_fails_later_is_given_up_where_images_stay_the_same(
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: Precision,
+) -> None:
+    broken, calls = [False], [0]
+
+    def refuses(*args: Any) -> bool:
+        calls[0] += 1
+        return broken[0]
+
+    monkeypatch.setattr(_modes, "ChannelsLast", refusing(refuses))
+    monkeypatch.setattr(modes, "_ratio", lambda *_: 0.5)
+    desk = Desk(model, tmp_path, ["channels-last"], precision)
+    assert desk.warm.execution.mode == "channels-last"
+    before = desk.draw()[0]
+    broken[0], calls[0] = True, 0
+    desk.engine.submit("later", "m", Generate(3, seed=1, steps=6))
+    while desk.engine.step():
+        pass
+    if precision == "bfloat16":
+        assert desk.told["later"][-1] == Failed("row", "RuntimeError: not so")
+        return
+    np.testing.assert_array_equal(np.stack([m.pixels for m in desk.told["later"] if isinstance(m, ImageDone)]), before)
+    assert calls == [1], "it is not asked again"
+    assert "m: channels-last is given up for eager" in caplog.text
+
+
 def test_what_shall_be_fast_decides_between_modes(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,7 +449,7 @@ def test_what_cannot_be_compiled_is_told_and_served_as_it_is(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(network: nn.Module, sizes: Sequence[int]) -> Callable[..., Any]:
-        raise RuntimeError("no compiler here")
+        raise RuntimeError("backend='x' raised:\nOSError: kept/a.so: file too short\n\nand more")
 
     monkeypatch.setattr(_modes, "compiled", broken)
     desk = Desk(model, tmp_path, ["compile"])
@@ -427,7 +458,9 @@ def test_what_cannot_be_compiled_is_told_and_served_as_it_is(
             thread.join()
     (renewed,) = desk.renewed
     assert renewed.warm is None
-    assert renewed.execution.not_chosen == {"compile": "RuntimeError: no compiler here"}
+    assert renewed.execution.not_chosen == {
+        "compile": "RuntimeError: backend='x' raised: OSError: kept/a.so: file too short"
+    }
     assert len(desk.draw()[0]) == 3
 
 
