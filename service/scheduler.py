@@ -349,7 +349,7 @@ class Scheduler:
     def charge(self, lane_name: str, seconds: float) -> None:
         """A lane has used the device for something else than a step, as for previews."""
         lane = self._lanes[lane_name]
-        lane.deficit -= seconds
+        lane.deficit -= lane.cost.plausible(len(lane.running), seconds)
         lane.seconds += seconds
 
     def drop(self, job: str) -> None:

@@ -392,6 +392,22 @@ def test_a_process_that_stood_still_in_a_step_goes_on_as_before(stopped: float) 
     assert sim.scheduler.cost("a").predict(8) < 2 * 12e-3
 
 
+def test_a_process_that_stood_still_between_steps_goes_on_as_before() -> None:
+    """As while it draws previews: they are charged, the minute in which nothing was done is not."""
+    sim = Simulation(Scheduler(), costs := {"a": (1e-3, 4e-3), "b": (1e-3, 4e-3)})
+    for lane in costs:
+        for rows in (4, 64):
+            sim.scheduler.prepare(lane, 64, rows, rows * 1e-3 + 4e-3)
+        sim.submit(Ticket(lane, lane, 8), 10**6)
+    for _ in range(100):
+        sim.step()
+    sim.scheduler.charge("a", 60.0)
+    before, after = sim.used.copy(), sim.now
+    while sim.now < after + 2:
+        sim.step()
+    assert sim.used["a"] - before["a"] == pytest.approx(sim.used["b"] - before["b"], rel=0.2)
+
+
 def test_a_device_that_has_become_slower_for_good_is_believed() -> None:
     scheduler = Scheduler()
     scheduler.prepare("m", 64, 4, 0.008)

@@ -215,32 +215,37 @@ def _groups(scorers: Mapping[str, Any], short: Mapping[str, str], sets: list[str
 
 
 def _pixels(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[str]:
-    measured = {name: s["pixels"] for name, s in scorers.items() if "pixels" in s}
-    sets = list(dict.fromkeys(key for found in measured.values() for key in found["sets"]))
-    rows = []
-    for name, found in measured.items():
-        cells = [
-            f"{cell['auroc']:.3f} ({cell['auroc_by_image']:.3f})" if (cell := found["sets"].get(key)) else NOTHING
-            for key in sets
-        ]
-        rows.append([short[name], *cells, f"{found['images']:,}"])
-    return _table(["model", *sets, "images"], rows)
+    def cell(found: Mapping[str, Any]) -> str:
+        return f"{found['auroc']:.3f} ({found['auroc_by_image']:.3f})"
+
+    return _of_maps(scorers, short, "images", lambda found: f"{found['images']:,}", cell)
 
 
 def _masks(scorers: Mapping[str, Any], short: Mapping[str, str]) -> Iterable[str]:
+    def cell(found: Mapping[str, Any]) -> str:
+        return NOTHING if found.get("lit") is None else f"{found['lit']:.3f} ({found['hit']:.3f})"
+
+    def normal(found: Mapping[str, Any]) -> str:
+        return NOTHING if found["lit"] is None else f"{found['lit']:.4f}"
+
+    return _of_maps(scorers, short, "normal", normal, cell)
+
+
+def _of_maps(
+    scorers: Mapping[str, Any],
+    short: Mapping[str, str],
+    title: str,
+    first: Callable[[Mapping[str, Any]], str],
+    cell: Callable[[Mapping[str, Any]], str],
+) -> Iterable[str]:
+    """A row for each that draws maps: a first column of its own, and a cell for each set that has masks."""
     measured = {name: s["pixels"] for name, s in scorers.items() if "pixels" in s}
     sets = list(dict.fromkeys(key for found in measured.values() for key in found["sets"]))
-    rows = []
-    for name, found in measured.items():
-        cells = [
-            f"{cell['lit']:.3f} ({cell['hit']:.3f})"
-            if (cell := found["sets"].get(key, {})).get("lit") is not None
-            else NOTHING
-            for key in sets
-        ]
-        lit = NOTHING if found["lit"] is None else f"{found['lit']:.4f}"
-        rows.append([short[name], lit, *cells])
-    return _table(["model", "normal", *sets], rows)
+    rows = [
+        [short[name], first(found), *(cell(of) if (of := found["sets"].get(key)) else NOTHING for key in sets)]
+        for name, found in measured.items()
+    ]
+    return _table(["model", title, *sets], rows)
 
 
 def _pictures(scorers: Mapping[str, Any], short: Mapping[str, str], page: Path) -> Iterable[str]:
