@@ -13,11 +13,7 @@ embedded, not scaled. The channels of a pixel are not groups of features with ma
 of the pixels before, and the head of a channel sees the channels before it in its own pixel. The factorisation is the
 same, and as exact.
 
-Sampling with caches. The vertical features of an image row depend on the rows above only: they are computed for a
-whole row when its first pixel is due, from the last rows that every layer keeps, and so is all that they tell the
-horizontal stack. What remains of a pixel is one column of the horizontal stack, whose taps to the left are known
-beforehand as well: one product for all layers. Only the taps at the pixel itself are taken layer by layer. This last
-part is a hundred small products, and stands in C as well (`_pixelcnn.c`), where calling them costs nothing.
+Sampling keeps what it has computed, so that a pixel costs little more than itself: `_pixelcnn_sampler`.
 
     B    rows: chains, images            E    numbers that stand for a level     L    layers; layer l has dilation d_l
     C    channels of the image, H × W    F    features
@@ -25,7 +21,6 @@ part is a hundred small products, and stands in C as well (`_pixelcnn.c`), where
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import _native, _pixels, _protocol, _random
+from models import _pixels, _protocol
+from models._pixelcnn_sampler import PixelRows, Sampler
 from models._protocol import (
     Batch,
     Draw,
@@ -45,16 +41,12 @@ from models._protocol import (
     Localiser,
     OnePassDensity,
     Range,
-    Rows,
     Score,
     Spec,
     Steps,
 )
 
 REACH = 3  # how far the stacks' inputs look up, left and (above) right; a layer looks as far as its dilation
-# A matrix library may take products of very few columns in another order of summation (MKL does for fewer than four):
-# with fewer chains copies of the last fill up, so that a chain's logits are the same bits alone and in a crowd.
-FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -104,28 +96,18 @@ def _weight(*shape: int, gain: float = 1.0) -> nn.Parameter:
     return nn.Parameter(weight.mT.contiguous().mT)
 
 
-def _windows(x: Tensor, taps: int, dilation: int) -> Tensor:
-    """(..., W, K) -> (..., W, taps·K): what a centred window of that many columns sees, zeros beyond the edges."""
-    margin, width = dilation * (taps // 2), x.shape[-2]
-    padded = F.pad(x, (0, 0, margin, margin))
-    return torch.cat([padded[..., k * dilation : k * dilation + width, :] for k in range(taps)], dim=-1)
-
-
 class Network(nn.Module):
     """Pixels before -> features -> logits of a pixel's levels. Weights of all layers lie in one tensor, layer first.
 
     Each kernel is kept apart by what it looks at, since sampling takes some of its taps long before the others.
     """
 
-    dilation: Tensor
-    ring: Tensor
-    behind: Tensor
     first_level: Tensor
 
     def __init__(self, config: Config, space: ImageSpace) -> None:
         super().__init__()
         f, e, n = config.features, space.channels * config.embedding, len(config.dilations)
-        self.features, self.dilations = f, config.dilations
+        self.features, self.dilations, self.reach = f, config.dilations, REACH
         level = (torch.arange(config.levels) + 0.5) / config.levels
         waves = torch.cos(math.pi * level[:, None] * torch.arange(1, config.embedding + 1))
         self.table = nn.Parameter(waves.repeat(space.channels, 1))  # neighbouring levels start alike
@@ -147,16 +129,8 @@ class Network(nn.Module):
         heads = nn.ModuleList(Head(f + c * config.embedding, config) for c in range(space.channels))
         self.heads = cast(Sequence[Head], heads)
 
-        # Where things lie in `PixelRows`: the rings of each layer, and the features a dilation to the left of a column.
-        dilations = torch.tensor(config.dilations)
-        constants = {
-            "dilation": dilations,
-            "ring": (dilations + 1).cumsum(0) - (dilations + 1),
-            "behind": torch.arange(n) - n * dilations,
-            "first_level": torch.arange(space.channels) * config.levels,
-        }
-        for name, constant in constants.items():
-            self.register_buffer(name, constant, persistent=False)
+        first_level = torch.arange(space.channels) * config.levels
+        self.register_buffer("first_level", first_level, persistent=False)
 
     def embed(self, levels: Tensor) -> Tensor:
         """Levels (..., C) -> (..., C·E); of a pixel's first channels alone as well."""
@@ -203,6 +177,9 @@ class Network(nn.Module):
         return logits
 
 
+HeadTensors = tuple[Tensor, Tensor, Tensor, Tensor]  # first (inputs, hidden), its bias, last (hidden, levels), its bias
+
+
 class Head(nn.Module):
     """Features -> logits of a channel's levels."""
 
@@ -213,8 +190,7 @@ class Head(nn.Module):
         self.last = _weight(config.levels, config.hidden, gain=0.5)
         self.last_bias = nn.Parameter(torch.zeros(config.levels))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `_pixelcnn.c` takes them: matrices (inputs, outputs)."""
+    def tensors(self) -> HeadTensors:
         return self.first.mT, self.first_bias, self.last.mT, self.last_bias
 
     def forward(self, features: Tensor) -> Tensor:
@@ -223,23 +199,6 @@ class Head(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
-
-
-@dataclass
-class PixelRows(Rows):
-    """Images half drawn, and the caches of both stacks. A tick draws one pixel, all of its channels."""
-
-    label: Tensor  # (B,)
-    temperature: Tensor  # (B, 1) float64
-    uniforms: Tensor  # (B, H·W, C) float64: all the randomness of the image
-    levels: Tensor  # (B, H·W, C)
-    # of the image rows above: vertical features, (B, Σ (d_l + 1), W, F). In layer l's ring those of image row i are at
-    # i mod (d_l + 1), so that no row writes where it reads, and a tick can be taken again
-    above: Tensor
-    # of the image row that is being drawn, by column, after a margin of M columns of zeros
-    told: Tensor  # (B, M + W, F + L·2F): from above, to the horizontal stack's input and to its gates
-    pixels: Tensor  # (B, M + W, C·E): embedded
-    past: Tensor  # (B, M + W, L·F): what entered each layer of the horizontal stack
 
 
 class Model(_protocol.Model, OnePassDensity, Localiser):
@@ -267,6 +226,7 @@ class Model(_protocol.Model, OnePassDensity, Localiser):
         )
         self.feature_sizes = _pixels.feature_sizes(space.height, space.width)
         self.network = Network(config, space)
+        self._sampler: Sampler | None = None
 
     def logits(self, x: Tensor, labels: Tensor) -> Tensor:
         """(B, C, H, W, levels) float32 for x (B, C, H, W), labels (B,): p(x_i | x_<i, label) of every pixel at once."""
@@ -299,146 +259,16 @@ class Model(_protocol.Model, OnePassDensity, Localiser):
 
     # sampler
 
-    @property
-    def _margin(self) -> int:
-        return max(REACH, *self.config.dilations)
-
     def init(self, draws: Sequence[Draw]) -> PixelRows:
-        b, (c, h, w), device = len(draws), self.spec.image.shape, self.device
-        f, n, columns = self.config.features, len(self.config.dilations), self._margin + w
-        seed = _random.seed_bits([draw.seed for draw in draws], device)
-        sample = torch.tensor([draw.sample for draw in draws], device=device)
-        temperature = torch.tensor([draw.temperature for draw in draws], dtype=torch.float64, device=device)
-        return PixelRows(
-            tick=torch.zeros(b, dtype=torch.int64, device=device),
-            left=torch.full((b,), h * w, device=device),
-            label=torch.tensor([draw.label for draw in draws], device=device),
-            temperature=temperature[:, None],
-            uniforms=_random.uniform(seed, sample, 0, 0, (h * w, c)).double().contiguous(),
-            levels=torch.zeros(b, h * w, c, dtype=torch.int64, device=device),
-            above=torch.zeros(b, sum(self.config.dilations) + n, w, f, device=device),
-            told=torch.zeros(b, columns, f + n * 2 * f, device=device),
-            pixels=torch.zeros(b, columns, c * self.config.embedding, device=device),
-            past=torch.zeros(b, columns, n * f, device=device),
-        )
+        if self._sampler is None or not self._sampler.is_of(self.network):
+            self._sampler = Sampler(self.network)
+        return self._sampler.init(draws)
 
     def step(self, rows: PixelRows) -> PixelRows:
         """Draw the next pixel of every image, wherever it is."""
-        ticks = rows.tick.tolist()
-        first = [chain for chain, tick in enumerate(ticks) if tick % self.spec.image.width == 0]
-        if first:
-            self._begin_row(rows, torch.tensor(first, device=rows.tick.device))
-        if not self._native_tick(rows):
-            self._tick(rows, ticks)
-        rows.tick, rows.left = rows.tick + 1, rows.left - 1
-        return rows
-
-    def _native_tick(self, rows: PixelRows) -> bool:
-        """The rest of a tick in C, as `_tick`; whether that could be done. Raises `FloatingPointError`."""
-        native = _native.library("pixelcnn")
-        if native is None:
-            return False
-        net, c = self.network, self.spec.image.channels
-        heads = [part for head in net.heads for part in head.tensors()]
-        tensors = (
-            *(net.look_left.mT, net.past.mT, net.now.mT, net.out.mT, net.table),
-            *(net.dilation, rows.tick, rows.temperature, rows.uniforms, rows.told, rows.pixels, rows.past, rows.levels),
-        )
-        if not _native.usable(*heads, *tensors):
-            return False
-        shape = (
-            *(self.config.features, len(self.config.dilations), self.config.embedding, c),
-            *(self.config.hidden, self.config.levels, REACH, self.spec.image.width, self.spec.image.height),
-            *(rows.pixels.shape[1], self._margin, len(rows.tick)),
-        )
-        at = _native.addresses(*tensors)
-        head_at = _native.addresses(*heads)
-        pointers = (ctypes.c_void_p * (len(at) + 1))(*at[:5], ctypes.addressof(head_at), *at[5:])
-        failed = native.tick((ctypes.c_int64 * len(shape))(*shape), pointers)
-        if failed < 0:
-            raise MemoryError("no memory for a tick")
-        if failed:
-            raise FloatingPointError(f"row {failed - 1}: the logits of a pixel are not numbers")
-        return True
-
-    def _tick(self, rows: PixelRows, ticks: list[int]) -> None:
-        """What remains of a tick when the vertical stack has told what it knows: one column of the horizontal one."""
-        net, f, n = self.network, self.config.features, len(self.config.dilations)
-        width, margin = self.spec.image.width, self._margin
-        b, columns, e = rows.pixels.shape
-        together = ticks.count(ticks[0]) == b  # as after a request for several images: then a slice does for a gather
-        if together:
-            at = margin + ticks[0] % width
-            told = rows.told[:, at]
-            nearest = rows.pixels[:, at - REACH : at]
-            behind = rows.past.view(b, columns * n, f).index_select(1, net.behind + at * n)
-            uniforms = rows.uniforms[:, ticks[0]]
-        else:
-            chain = torch.arange(b, device=rows.tick.device)
-            here = chain * columns + margin + rows.tick % width  # in the caches, their dims 0 and 1 taken as one
-            pixel = chain * rows.levels.shape[1] + rows.tick
-            told = rows.told.view(b * columns, -1).index_select(0, here)
-            near = here[:, None] + torch.arange(-REACH, 0, device=here.device)
-            nearest = rows.pixels.view(-1, e).index_select(0, near.flatten())
-            behind = rows.past.view(-1, f).index_select(0, (here[:, None] * n + net.behind).flatten())
-            uniforms = rows.uniforms.view(-1, rows.uniforms.shape[2]).index_select(0, pixel)
-
-        told, nearest, behind = _fill(told), _fill(nearest.reshape(b, REACH * e)), _fill(behind.view(b, n, f))
-        h = torch.addmm(told[:, :f], nearest, net.look_left.mT)  # (B, F)
-        above = told[:, f:].view(-1, n, 2 * f)
-        gates = torch.baddbmm(above.transpose(0, 1), behind.transpose(0, 1), net.past.mT)  # (L, B, 2F)
-        entered = []
-        for u, now, out in zip(gates.unbind(), net.now.mT.unbind(), net.out.mT.unbind(), strict=True):
-            entered.append(h)
-            h = torch.addmm(h, F.glu(u.addmm_(h, now), dim=1), out)
-        past = torch.cat(entered, dim=1)[:b]
-        levels, embedded = self._draw_pixel(h, uniforms, rows.temperature)
-
-        if together:
-            rows.past[:, at] = past
-            rows.pixels[:, at] = embedded
-            rows.levels[:, ticks[0]] = levels
-        else:
-            rows.past.view(b * columns, -1).index_copy_(0, here, past)
-            rows.pixels.view(-1, e).index_copy_(0, here, embedded)
-            rows.levels.view(-1, levels.shape[1]).index_copy_(0, pixel, levels)
-
-    def _draw_pixel(self, h: Tensor, uniforms: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        """Channel by channel, from features h (≥ B, F): levels (B, C) and what stands for them (B, C·E)."""
-        net, (b, channels) = self.network, uniforms.shape
-        levels = draw(net.logits(0, h, h)[:b], uniforms[:, :1], temperature)
-        for c in range(1, channels):
-            logits = net.logits(c, h, _fill(net.embed(levels)))[:b]
-            levels = torch.cat([levels, draw(logits, uniforms[:, c : c + 1], temperature)], dim=1)
-        return levels, net.embed(levels)
-
-    def _begin_row(self, rows: PixelRows, at: Tensor) -> None:
-        """The vertical stack over an image row, for the chains `at`, which are about to draw its first pixel."""
-        net, f, n = self.network, self.config.features, len(self.config.dilations)
-        b, (_, height, width) = len(at), self.spec.image.shape
-        i = rows.tick.index_select(0, at) // width
-        base = net.place.index_select(0, i) + net.by_label(rows.label.index_select(0, at))[:, None]  # (b, W, 2F)
-
-        near = i[:, None] + torch.arange(-REACH, 0, device=i.device)  # image rows that the stack's input sees
-        levels = rows.levels.view(len(rows.tick), height, width, -1)[at[:, None], near.clamp(min=0)]
-        seen = net.embed(levels) * (near >= 0)[:, :, None, None]  # (b, REACH, W, C·E)
-        seen = _windows(seen.transpose(1, 2).flatten(2), 2 * REACH + 1, 1)
-        v = F.linear(seen, net.look_up) + base[..., :f]  # (b, W, F)
-
-        before, place = ((i[:, None] - d) % (net.dilation + 1) + net.ring for d in (net.dilation, 0))  # (b, L)
-        upper = rows.above[at[:, None], before].unbind(dim=1)
-        seen = torch.stack([_windows(row, 3, d).flatten(0, 1) for row, d in zip(upper, net.dilations, strict=True)])
-        gates = torch.baddbmm(net.vertical_bias[:, None], seen, net.up.mT)  # (L, b·W, 2F)
-        entered, found = [], []
-        for u, across, d in zip(gates.unbind(), net.across.mT.unbind(), net.dilations, strict=True):
-            entered.append(v)
-            v = v + F.glu(torch.addmm(u, _windows(v, 3, d).flatten(0, 1), across), dim=1).view(b, width, f)
-            found.append(v)
-        rows.above[at[:, None], place] = torch.stack(entered, dim=1)
-
-        gates = torch.baddbmm(net.horizontal_bias[:, None], torch.stack(found).flatten(1, 2), net.down.mT)
-        told = torch.cat([base[..., f:], gates.transpose(0, 1).reshape(b, width, n * 2 * f)], dim=2)
-        rows.told[at, self._margin :] = told
+        if self._sampler is None:  # the rows of another copy of this model
+            self._sampler = Sampler(self.network)
+        return self._sampler.step(rows)
 
     def image(self, rows: PixelRows) -> Tensor:
         return _pixels.picture(rows.levels, rows.tick, self.spec.image.shape, self.config.levels)
@@ -465,27 +295,6 @@ class Model(_protocol.Model, OnePassDensity, Localiser):
             of_channel = _pixels.terms(self.network.logits(c, features, pixels), levels[..., c])
             log_prob, entropy = log_prob + of_channel[0], entropy + of_channel[1]
         return log_prob, entropy
-
-
-def draw(logits: Tensor, uniforms: Tensor, temperature: Tensor) -> Tensor:
-    """Levels (B, K) from the softmax of logits (B, levels) / temperature (B, 1): the quantiles at uniforms (B, K).
-
-    Uniforms and temperature are float64, the uniforms midpoints on (0, 1) of float32's steps. In float64 the
-    distribution function is monotone and ends above any of them: the level is always in range and possible.
-
-    Logits that differ in their last bits give another level only where a uniform falls between the two values of the
-    distribution function. Between the cached and the naive sampler, whose sums have another order, that befell five of
-    a million pixels (float32, a trained model of 28×28 images). Between a chain alone and the same in a crowd it can be
-    only where the device's matrix library lets a row of a product depend on how many there are: see FEWEST.
-    """
-    cumulative = (logits / temperature).softmax(dim=1).cumsum(dim=1)
-    return torch.searchsorted(cumulative.contiguous(), uniforms.contiguous(), right=True)
-
-
-def _fill(part: Tensor) -> Tensor:
-    """(b, ...) -> (≥ FEWEST, ...): the last row repeated."""
-    missing = FEWEST - len(part)
-    return part if missing <= 0 else torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
 
 
 def _check(config: Config, space: ImageSpace) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
+import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from models import _native, _rows, pixelcnn
+from models._pixelcnn_sampler import PixelRows, Sampler
 from models._protocol import Draw, ImageSpace
 
 needs_compiler = pytest.mark.skipif(
@@ -46,7 +49,7 @@ def draws(space: ImageSpace, n: int) -> list[Draw]:
     return [Draw(k, k % 3, steps, label=k % 3 - 1, temperature=0.5 + 0.3 * (k % 4)) for k in range(n)]
 
 
-def drawn(made: pixelcnn.Model, rows: pixelcnn.PixelRows) -> pixelcnn.PixelRows:
+def drawn(made: pixelcnn.Model, rows: PixelRows) -> PixelRows:
     with torch.inference_mode():
         while int(rows.left.max()) > 0:
             rows = made.step(rows)
@@ -78,11 +81,12 @@ def test_a_chain_computes_the_same_bits_in_a_batch_of_any_size() -> None:
     for draw in asked[1:]:  # every chain a pixel ahead of the next
         rows = _rows.cat([made.step(rows), made.init([draw])])
     together = _rows.take(rows, range(9))
-    assert made._native_tick(together)
+    sampler = Sampler(made.network)
+    assert sampler._tick_in_c(together)
     for size in range(1, 9):
         for first in range(9 - size):
             part = _rows.take(rows, range(first, first + size))
-            assert made._native_tick(part)
+            assert sampler._tick_in_c(part)
             assert _rows.equal(part, _rows.take(together, range(first, first + size))), (first, size)
 
 
@@ -94,6 +98,23 @@ def test_a_row_that_is_not_a_number_is_named() -> None:
     rows.told[1] = torch.nan
     with pytest.raises(FloatingPointError, match="row 1"):
         made.step(dataclasses.replace(rows))
+
+
+@needs_compiler
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_of_a_model_reads_its_own_weights(copied: Callable[[pixelcnn.Model], pixelcnn.Model]) -> None:
+    """Though the original knew the addresses of its own."""
+    made = model(GREY)
+    half = made.init(draws(GREY, 2))
+    with torch.inference_mode():
+        for _ in range(GREY.width + 2):
+            half = made.step(half)
+    other, rest = copied(made), _rows.take(half, range(2))
+    expected = drawn(made, half).levels
+    with torch.no_grad():
+        made.network.now.add_(1.0)
+    assert torch.equal(drawn(other, rest).levels, expected)
+    assert not torch.equal(drawn(made, made.init(draws(GREY, 2))).levels, expected)
 
 
 @needs_compiler

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import _native, _pixels, _rows, pixelcnn
+from models import _native, _pixelcnn_sampler, _pixels, _rows, pixelcnn
+from models._pixelcnn_sampler import PixelRows
 from models._protocol import UNLABELLED, Batch, Draw, ImageSpace
-from models.pixelcnn import Config, Model, PixelRows
+from models.pixelcnn import Config, Model
 
 GREY = ImageSpace(width=7, height=6, channels=1, labels=("a", "b", "c"))
 COLOUR = ImageSpace(width=5, height=4, channels=3)
@@ -63,7 +64,9 @@ def sample_naively(model: Model, requests: list[Draw]) -> Tensor:
     for i in range(h * w):
         for k in range(c):
             logits = model.logits(x, rows.label)[:, k, i // w, i % w]
-            x[:, k, i // w, i % w] = pixelcnn.draw(logits, rows.uniforms[:, i, k, None], rows.temperature)[:, 0] / top
+            x[:, k, i // w, i % w] = (
+                _pixelcnn_sampler.draw(logits, rows.uniforms[:, i, k, None], rows.temperature)[:, 0] / top
+            )
     return (x * 255).round() / 255
 
 
@@ -189,13 +192,13 @@ def in_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def drawn_logits(in_torch: None, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The logits of every call of `draw`, in order."""
     seen: list[Tensor] = []
-    original = pixelcnn.draw
+    original = _pixelcnn_sampler.draw
 
     def spy(logits: Tensor, uniforms: Tensor, temperature: Tensor) -> Tensor:
         seen.append(logits.clone())
         return original(logits, uniforms, temperature)
 
-    monkeypatch.setattr(pixelcnn, "draw", spy)
+    monkeypatch.setattr(_pixelcnn_sampler, "draw", spy)
     return seen
 
 
@@ -208,6 +211,22 @@ def test_cached_logits_equal_those_of_the_full_forward(space: ImageSpace, drawn_
     with torch.inference_mode():
         full = model.logits(x, torch.tensor([d.label for d in requests]))
     torch.testing.assert_close(cached, full.permute(0, 2, 3, 1, 4).flatten(1, 3), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("in_c", [True, False])
+def test_weights_that_are_written_or_moved_show(in_c: bool, request: pytest.FixtureRequest) -> None:
+    """Though what a tick reads of them is kept from image to image."""
+    if not in_c:
+        request.getfixturevalue("in_torch")
+    model, other, requests = build(SMALL, GREY), build(SMALL, GREY, seed=1), draws(GREY, 3)
+    first, second = sample(model, requests), sample(other, requests)
+    assert not torch.equal(first, second)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(sample(model, requests), second)
+    original = build(SMALL, GREY)
+    for parameter, put in zip(model.parameters(), original.parameters(), strict=True):
+        parameter.data = put.data.clone(memory_format=torch.preserve_format)
+    assert torch.equal(sample(model, requests), first)
 
 
 def test_rows_join_and_leave_and_stand_at_different_pixels() -> None:
@@ -245,7 +264,7 @@ def test_a_tick_that_failed_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) 
     model = build(SMALL, GREY)
     requests = draws(GREY, 3)
     expected = sample(model, requests)
-    original = pixelcnn.draw
+    original = _pixelcnn_sampler.draw
 
     def fail(*_: Tensor) -> Tensor:
         raise MemoryError
@@ -260,10 +279,10 @@ def test_a_tick_that_failed_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) 
                 unfinished = (rows.left > 0).nonzero().flatten()
                 done = _rows.take(rows, (rows.left == 0).nonzero().flatten())
                 rows = _rows.take(rows, unfinished)
-                monkeypatch.setattr(pixelcnn, "draw", fail)
+                monkeypatch.setattr(_pixelcnn_sampler, "draw", fail)
                 with pytest.raises(MemoryError):
                     model.step(rows)
-                monkeypatch.setattr(pixelcnn, "draw", original)
+                monkeypatch.setattr(_pixelcnn_sampler, "draw", original)
                 rows = _rows.cat([done, model.step(rows)])
         assert torch.equal(model.image(rows), expected)
 
@@ -297,7 +316,7 @@ def test_draw_inverts_the_distribution_function() -> None:
     n = 20_000
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     for temperature in (0.5, 1.0, 2.0):
-        levels = pixelcnn.draw(
+        levels = _pixelcnn_sampler.draw(
             logits.expand(n, 5), uniforms[:, None], torch.full((n, 1), temperature, dtype=torch.float64)
         )
         assert (levels.diff(dim=0) >= 0).all()
@@ -310,8 +329,11 @@ def test_draw_stays_in_range_at_the_ends_of_the_uniforms() -> None:
     ends = torch.tensor([[2.0**-24], [1 - 2.0**-24]], dtype=torch.float64)
     logits = torch.full((2, 256), -80.0)
     logits[:, 17] = 60.0
-    assert pixelcnn.draw(logits, ends, torch.full((2, 1), 0.1, dtype=torch.float64)).tolist() == [[17], [17]]
-    assert pixelcnn.draw(torch.zeros(2, 256), ends, torch.ones(2, 1, dtype=torch.float64)).tolist() == [[0], [255]]
+    assert _pixelcnn_sampler.draw(logits, ends, torch.full((2, 1), 0.1, dtype=torch.float64)).tolist() == [[17], [17]]
+    assert _pixelcnn_sampler.draw(torch.zeros(2, 256), ends, torch.ones(2, 1, dtype=torch.float64)).tolist() == [
+        [0],
+        [255],
+    ]
 
 
 def test_low_temperature_draws_likelier_images() -> None:
