@@ -29,7 +29,7 @@ import torch
 from models import _modes, _onnx
 from models._modes import Arguments, Call, NotApplicable
 from models._protocol import UNLABELLED, Model, Spec
-from service.engine import Warm
+from service.engine import PLAIN, Warm
 from service.execution import CHANNELS_LAST, COMPILE, CUDA_GRAPHS, EAGER, ONNX, Execution, Favour, Precision
 from service.programs import Drawing
 
@@ -50,7 +50,7 @@ class WarmUp(Protocol):
 
 @dataclass(frozen=True)
 class Renewed:
-    """What came of compiling a model: how to draw from now on, or why things stay as they are."""
+    """How a model draws from now on, when it was compiled, or why not; or (without `warm`) since a mode has failed."""
 
     name: str
     model: Model
@@ -68,10 +68,18 @@ class _Choice:
     precision: Precision
     timed: Sequence[int]  # rows of the steps whose time decides
     not_chosen: dict[str, str] = field(default_factory=dict)
+    tried: Execution = PLAIN  # what trying it told besides
 
     @property
     def execution(self) -> Execution:
-        return Execution(self.mode, self.precision, not_chosen=dict(self.not_chosen))
+        return replace(self.tried, mode=self.mode, precision=self.precision, not_chosen=dict(self.not_chosen))
+
+    def give_up(self, mode: str, error: Exception) -> None:
+        """It has failed, and is run as it was written from now on."""
+        self.not_chosen[mode] = _reason(error)
+        if self.mode == mode:
+            self.not_chosen.pop(EAGER, None)
+            self.mode = EAGER
 
     def consider(self, mode: str, model: Model, max_rows: int) -> bool:
         """Take it where it is as good and faster."""
@@ -148,7 +156,12 @@ class Modes:
                 choice.not_chosen.pop(EAGER, None)
                 choice.not_chosen |= dict.fromkeys(given_up, _reason(e))
                 choice.model, choice.mode, choice.precision = model, EAGER, "float32"
-        return self._warm(name, model, None, choice.execution)
+        return self._warmed_up(name, choice, None)
+
+    def _warmed_up(self, name: str, choice: _Choice, drawing: Model | None) -> Warm:
+        warm = self._warm(name, choice.reference, drawing, choice.execution)
+        choice.tried = warm.execution
+        return warm
 
     def _tried(self, name: str, choice: _Choice, drawing: Model) -> Warm:
         """`Engine.warm`; and if the mode fails for the first time later on, the model is run as it was written. Not
@@ -157,9 +170,11 @@ class Modes:
 
         def told(network: str, error: Exception) -> None:
             log.error("%s: %s is given up for eager, until it is loaded again", name, mode, exc_info=error)
+            choice.give_up(mode, error)
+            self._tell(Renewed(name, choice.reference, None, choice.execution))
 
         mode = choice.mode
-        warm = self._warm(name, choice.reference, drawing, choice.execution)
+        warm = self._warmed_up(name, choice, drawing)
         if choice.precision == "float32":
             _modes.fall_back(drawing, told)
         return warm

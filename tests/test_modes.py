@@ -325,6 +325,10 @@ def test_a_mode_that_fails_later_is_given_up_where_images_stay_the_same(
     np.testing.assert_array_equal(np.stack([m.pixels for m in desk.told["later"] if isinstance(m, ImageDone)]), before)
     assert calls == [1], "it is not asked again"
     assert "m: channels-last is given up for eager" in caplog.text
+    (renewed,) = desk.renewed
+    found = renewed.execution
+    assert (renewed.warm, found.mode, found.not_chosen) == (None, "eager", {"channels-last": "RuntimeError: not so"})
+    assert found.seconds_per_step == desk.warm.execution.seconds_per_step
 
 
 def test_what_shall_be_fast_decides_between_modes(
@@ -439,6 +443,7 @@ def test_a_network_is_compiled_in_the_background_and_kept_for_the_next_start(
             thread.join()
     (renewed,) = desk.renewed
     assert renewed.warm is not None, renewed.execution
+    assert renewed.execution == renewed.warm.execution
     assert renewed.execution.mode == "compile"
     desk.engine.renew("m", renewed.warm)
     assert np.abs(desk.draw("later")[0].astype(int) - eager).max() <= 1
@@ -461,6 +466,7 @@ def test_what_cannot_be_compiled_is_told_and_served_as_it_is(
     assert renewed.execution.not_chosen == {
         "compile": "RuntimeError: backend='x' raised: OSError: kept/a.so: file too short"
     }
+    assert renewed.execution.seconds_per_step == desk.warm.execution.seconds_per_step
     assert len(desk.draw()[0]) == 3
 
 
