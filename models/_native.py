@@ -23,12 +23,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Fused multiply-adds round once: -ffp-contract=fast lets every sum be taken that way, whatever the loop around it.
 FLAGS = ("-O3", "-ffp-contract=fast", "-std=gnu11", "-shared", "-fPIC")
@@ -124,6 +124,26 @@ def _features() -> str:
     except FileNotFoundError:  # not Linux
         return platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+class Addressed:
+    """Knows where a network's weights lie, and keeps them there. A copy of a model has None in its place, and makes its
+    own: its weights lie elsewhere."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._weights = [weight.detach() for weight in network.parameters()]
+        self._addresses = _at(self._weights)
+
+    def is_of(self, network: nn.Module) -> bool:
+        """Whether its weights lie where they lay: they have not been moved to another device, for one."""
+        return self._addresses == _at(network.parameters())
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def _at(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 def usable(*tensors: Tensor) -> bool:

@@ -50,14 +50,15 @@ class PixelRows(Rows):
     past: Tensor  # (B, M + W, L·F): what entered each layer of the horizontal stack
 
 
-class Sampler:
+class Sampler(_native.Addressed):
     """A network as sampling takes it: matrices (inputs, outputs), of each layer and of each channel.
 
     All are views of the network's weights, made once, since making them takes as long as a third of a tick: what is
-    written into the weights shows, but not weights that have moved (`is_of`). A copy of a model makes its own.
+    written into the weights shows, but not weights that have moved (`is_of`).
     """
 
     def __init__(self, net: Network) -> None:
+        super().__init__(net)
         with torch.no_grad():
             self._take(net)
 
@@ -65,7 +66,6 @@ class Sampler:
         self.height, self.width, _ = net.place.shape
         self.channels, self.reach, self.dilations = len(net.heads), net.reach, net.dilations
         self.margin = max(net.reach, *net.dilations)
-        self.addresses = _addresses(net)
 
         self.embed, self.by_label, self.place = net.embed, net.by_label, net.place.detach()
         self.look_up, self.look_left = net.look_up.mT, net.look_left.mT
@@ -103,13 +103,6 @@ class Sampler:
         self.kept = d, _native.addresses(*heads)
         addresses = *(w.data_ptr() for w in weights), ctypes.addressof(self.kept[1]), d.data_ptr()
         self.addresses_in_c: tuple[int, ...] = addresses
-
-    def is_of(self, net: Network) -> bool:
-        """Whether the network's weights lie where they lay: they have not been moved to another device, for one."""
-        return self.addresses == _addresses(net)
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
 
     def init(self, draws: Sequence[Draw]) -> PixelRows:
         b, c, device, columns = len(draws), self.channels, self.place.device, self.margin + self.width
@@ -286,8 +279,3 @@ def _fill(part: Tensor) -> Tensor:
         return part
     shape = part.shape[1:]
     return part.expand(FEWEST, *shape) if len(part) == 1 else torch.cat([part, part[-1:].expand(missing, *shape)])
-
-
-def _addresses(net: Network) -> list[int]:
-    """Of all weights."""
-    return [w.data_ptr() for part in (net, *net.heads) for w in part.parameters(recurse=False)]

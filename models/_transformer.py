@@ -20,6 +20,7 @@ them, which `prefill` takes all at once.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ BLOCK = 128
 # Queries of a block where a whole sequence is taken at once. Softmax on CPUs is several times as fast over a multiple
 # of 32 bfloat16 keys as over any other number.
 QUERIES = 32
+
+CACHE = 9  # where its cache stands among the numbers of a struct Layer
 
 Cache = tuple[Tensor, ...]  # of each layer, (B, heads, 2, S, K, d): keys and values of the last K · S positions, K ≥ R
 
@@ -66,6 +69,7 @@ class Transformer(nn.Module):
         fitting = [_fitting(Pattern(p) if isinstance(p, int) else p, length) for p in patterns]
         self.layers = nn.ModuleList(Layer(width, heads, hidden, p, 1 / math.sqrt(2 * len(patterns))) for p in fitting)
         self.norm = nn.LayerNorm(width)
+        self._in_c: InC | None = None
 
     @property
     def _layers(self) -> tuple[Layer, ...]:
@@ -80,6 +84,8 @@ class Transformer(nn.Module):
 
     def cache(self, rows: int) -> Cache:
         """That of so many rows at position 0."""
+        if self._in_c is None or not self._in_c.is_of(self):
+            self._in_c = InC(self)
         return tuple(layer.attention.cache(rows) for layer in self._layers)
 
     def prefill(self, h: Tensor, cache: Cache) -> Tensor:
@@ -96,8 +102,10 @@ class Transformer(nn.Module):
         Taking the same step again gives the same result: it writes nothing but what belongs to its own positions.
         """
         native = _native.library("transformer")
-        if native is not None and self._can_step_in_c(h, cache):
-            return self._step_in_c(native, h, cache, position.contiguous())
+        if native is not None:
+            in_c = self._in_c or InC(self)  # of the rows of another copy of this model
+            if h.dtype == torch.float32 and in_c.usable and _native.usable(*cache):
+                return in_c.step(native, h, cache, position.contiguous())
         stand = {
             pattern: Stand.of(pattern, position) for pattern in {layer.attention.pattern for layer in self._layers}
         }
@@ -106,19 +114,29 @@ class Transformer(nn.Module):
         out: Tensor = self.norm(h)
         return out
 
-    def _can_step_in_c(self, h: Tensor, cache: Cache) -> bool:
-        in_float32 = h.dtype == self.norm.weight.dtype == torch.float32
-        return in_float32 and _native.usable(self.norm.weight, *cache)
 
-    def _step_in_c(self, native: ctypes.CDLL, h: Tensor, cache: Cache, position: Tensor) -> Tensor:
-        """What follows in `step`, in `_transformer.c`."""
-        out, layers = h.clone(memory_format=torch.contiguous_format), self._layers
-        numbers = [n for layer, part in zip(layers, cache, strict=True) for n in layer.in_c(part)]
-        shape = (len(h), self.width, layers[0].attention.heads, layers[0].up.shape[1], len(layers))
+class InC(_native.Addressed):
+    """A transformer as `_transformer.c` takes it: made once, as making it takes as long as a step."""
+
+    def __init__(self, net: Transformer) -> None:
+        super().__init__(net)
+        layers = [layer.in_c() for layer in net._layers]
+        self.usable = net.norm.weight.dtype == torch.float32 and _native.usable(net.norm.weight)
+        self._shape = net.width, net._layers[0].attention.heads, net._layers[0].up.shape[1], len(layers)
+        self._layers = (ctypes.c_int64 * (len(layers) * len(layers[0])))(*itertools.chain(*layers))
+        self._norm = _native.addresses(net.norm.weight, net.norm.bias)
+
+    def step(self, native: ctypes.CDLL, h: Tensor, cache: Cache, position: Tensor) -> Tensor:
+        """`Transformer.step`, of a contiguous cache."""
+        out, shape = h.clone(memory_format=torch.contiguous_format), (len(h), *self._shape)
+        layers = type(self._layers).from_buffer_copy(self._layers)
+        each = len(layers) // len(cache)
+        for i, part in enumerate(cache):
+            layers[i * each + CACHE] = part.data_ptr()
         failed = native.step(
             (ctypes.c_int64 * len(shape))(*shape),
-            (ctypes.c_int64 * len(numbers))(*numbers),
-            _native.addresses(self.norm.weight, self.norm.bias),
+            layers,
+            self._norm,
             ctypes.c_void_p(position.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
         )
@@ -150,12 +168,12 @@ class Layer(nn.Module):
     def step(self, h: Tensor, cache: Tensor, stand: Stand) -> Tensor:
         return self._perceptron(h + self.attention.step(self.norm1(h), cache, stand))
 
-    def in_c(self, cache: Tensor) -> list[int]:
-        """The struct Layer of `_transformer.c`: where weights and its part of a cache lie, and its pattern."""
+    def in_c(self) -> list[int]:
+        """The struct Layer of `_transformer.c`: where weights and, still open, its part of a cache lie; its pattern."""
         a = self.attention
         weights = (self.norm1.weight, self.norm1.bias, a.qkv, a.bias, a.out, self.norm2.weight, self.norm2.bias)
-        tensors = (*weights, self.up, self.down, cache)
-        return [*(tensor.data_ptr() for tensor in tensors), *a.pattern, cache.shape[4]]
+        tensors = (*weights, self.up, self.down)
+        return [*(tensor.data_ptr() for tensor in tensors), 0, *a.pattern, _kept(a.pattern)]
 
     def _perceptron(self, h: Tensor) -> Tensor:
         out: Tensor = h + F.gelu(self.norm2(h) @ self.up) @ self.down

@@ -100,13 +100,16 @@ class Network(nn.Module):
         """Levels (..., C) -> (..., C·E); of a pixel's first channels alone as well."""
         return F.embedding(levels + self.first_level[: levels.shape[-1]], self.table).flatten(-2)
 
-    def told(self, labels: Tensor, at: Tensor) -> Tensor:
-        """(..., D): what inputs at pixels `at`, of images with these labels, are told of both."""
-        place: Tensor = self.row[at // len(self.column)] + self.column[at % len(self.column)]
+    def by_place(self, at: Tensor) -> Tensor:
+        """(B, D): what inputs at pixels `at` (B,) are told of where they are."""
+        return self.row.index_select(0, at // len(self.column)) + self.column.index_select(0, at % len(self.column))
+
+    def by_label(self, labels: Tensor) -> Tensor:
+        """(B, D): what the inputs of images with these labels (B,) are told of them."""
         if self.label is None:
-            return place
-        named: Tensor = self.label(labels.where(labels >= 0, self.label.num_embeddings - 1))
-        return place + named
+            return self.row.new_zeros(len(labels), self.row.shape[1])
+        told: Tensor = self.label(labels.where(labels >= 0, self.label.num_embeddings - 1))
+        return told
 
     def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Embedded images (B, H, W, C·E), labels (B,) -> features (B, H, W, D) of what is known before each pixel."""
@@ -117,7 +120,7 @@ class Network(nn.Module):
         left = self.look[:, above:].view(-1, 1, REACH, e).permute(0, 3, 1, 2)
         seen = F.conv2d(F.pad(x, (REACH, REACH, REACH, -1)), up) + F.conv2d(F.pad(x, (REACH, -1, 0, 0)), left)
         seen = seen.permute(0, 2, 3, 1).flatten(1, 2)
-        told = self.told(labels[:, None], torch.arange(h * w, device=labels.device))
+        told = self.by_place(torch.arange(h * w, device=labels.device)) + self.by_label(labels)[:, None]
         features: Tensor = self.transformer(seen + told.to(seen.dtype))
         return features.view(b, h, w, -1)
 
@@ -145,6 +148,7 @@ class PixelRows(Rows):
     """Images half drawn, and what the transformer keeps of them. A tick draws one pixel, all of its channels."""
 
     label: Tensor  # (B,)
+    added: Tensor  # (B, D): by the label, to the inputs
     temperature: Tensor  # (B, 1) float64
     top_k: Tensor  # (B,)
     uniforms: Tensor  # (B, H·W, C) float64: all the randomness of the image
@@ -215,14 +219,16 @@ class Model(_protocol.Model, OnePassDensity, Localiser):
         b, (c, h, w), device = len(draws), self.spec.image.shape, self.device
         seed = _random.seed_bits([draw.seed for draw in draws], device)
         sample = torch.tensor([draw.sample for draw in draws], device=device)
+        label = torch.tensor([draw.label for draw in draws], device=device)
         top_k = [self.config.levels if draw.top_k is None else draw.top_k for draw in draws]
         return PixelRows(
             tick=torch.zeros(b, dtype=torch.int64, device=device),
             left=torch.full((b,), h * w, device=device),
-            label=torch.tensor([draw.label for draw in draws], device=device),
+            label=label,
+            added=self.network.by_label(label),
             temperature=torch.tensor([[draw.temperature] for draw in draws], dtype=torch.float64, device=device),
             top_k=torch.tensor(top_k, device=device),
-            uniforms=_random.uniform(seed, sample, 0, 0, (h * w, c)).double(),
+            uniforms=_random.uniform(seed, sample, 0, 0, (h * w, c)).double().contiguous(),
             levels=torch.zeros(b, h * w, c, dtype=torch.int64, device=device),
             pixels=torch.zeros(b, h * w + 1, c * self.config.embedding, device=device),
             cache=self.network.transformer.cache(b),
@@ -230,17 +236,21 @@ class Model(_protocol.Model, OnePassDensity, Localiser):
 
     def step(self, rows: PixelRows) -> PixelRows:
         """Draw the next pixel of every image, wherever it is."""
-        net, row = self.network, torch.arange(len(rows.tick), device=rows.tick.device)
-        seen = rows.pixels[row[:, None], net.neighbours[rows.tick]].flatten(1)  # (B, N·C·E)
-        h = torch.addmm(net.told(rows.label, rows.tick), seen, net.look.mT)
+        net, (b, pixels, channels), e = self.network, rows.levels.shape, rows.pixels.shape[2]
+        image = torch.arange(b, device=rows.tick.device)
+        at = image * pixels + rows.tick  # in `levels` and `uniforms`, their dims 0 and 1 taken as one
+        begin = image * (pixels + 1)  # of each image in `pixels`, taken likewise
+        neighbours = net.neighbours.index_select(0, rows.tick) + begin[:, None]
+        seen = rows.pixels.view(-1, e).index_select(0, neighbours.flatten()).view(b, -1)  # (B, N·C·E)
+        h = torch.addmm(net.by_place(rows.tick) + rows.added, seen, net.look.mT)
         features = net.transformer.step(h, rows.cache, rows.tick)
-        drawn = rows.levels[row, rows.tick, :0]
-        for c in range(rows.levels.shape[2]):
-            logits = net.logits(c, features, net.embed(drawn))
-            level = choose(logits, rows.uniforms[row, rows.tick, c, None], rows.temperature, rows.top_k)
-            drawn = torch.cat([drawn, level], dim=1)
-        rows.levels[row, rows.tick] = drawn
-        rows.pixels[row, rows.tick] = net.embed(drawn)
+        uniforms = rows.uniforms.view(-1, channels).index_select(0, at)
+        drawn = rows.levels.new_empty(b, 0)
+        for c in range(channels):
+            logits = net.logits(c, features, net.embed(drawn) if c else features)
+            drawn = torch.cat([drawn, choose(logits, uniforms.narrow(1, c, 1), rows.temperature, rows.top_k)], dim=1)
+        rows.levels.view(-1, channels).index_copy_(0, at, drawn)
+        rows.pixels.view(-1, e).index_copy_(0, begin + rows.tick, net.embed(drawn))
         rows.tick, rows.left = rows.tick + 1, rows.left - 1
         return rows
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -142,8 +145,27 @@ def test_in_c_a_row_is_the_same_bits_in_a_batch_of_any_size(way_to_step: str) ->
 def test_c_steps_in_float32_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     network, h = build([5]), torch.randn(2, 3, 16)
     single = stepped(network, h)
-    monkeypatch.setattr(Transformer, "_step_in_c", None)
+    monkeypatch.setattr(_transformer.InC, "step", None)
     torch.testing.assert_close(stepped(network.double(), h.double()).float(), single, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_a_copy_reads_its_own_weights_and_what_is_written_or_moved_shows(
+    copied: Callable[[Transformer], Transformer],
+) -> None:
+    """Though it is kept from step to step where C finds them."""
+    network, h = build(PATTERNS["several"]), torch.randn(2, LENGTH, 16)
+    expected, begun = stepped(network, h), network.cache(2)
+    other = copied(network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(stepped(other, h, cache=begun), expected)
+    written = stepped(network, h)
+    assert (written - expected).abs().max() > 0.1
+    for parameter, put in zip(network.parameters(), other.parameters(), strict=True):
+        parameter.data = put.data.clone()
+    torch.testing.assert_close(stepped(network, h), expected)
 
 
 def test_a_reach_is_cut_to_the_sequence() -> None:
