@@ -59,14 +59,16 @@ class Sampler(_native.Addressed):
 
     def __init__(self, net: Network) -> None:
         super().__init__(net)
-        with torch.no_grad():
-            self._take(net)
-
-    def _take(self, net: Network) -> None:
         self.height, self.width, _ = net.place.shape
         self.channels, self.reach, self.dilations = len(net.heads), net.reach, net.dilations
         self.margin = max(net.reach, *net.dilations)
+        with torch.no_grad():
+            self._show(net)
+            self._lay_out(net.place.device)
+            self._address(net)
 
+    def _show(self, net: Network) -> None:
+        """The weights."""
         self.embed, self.by_label, self.place = net.embed, net.by_label, net.place.detach()
         self.look_up, self.look_left = net.look_up.mT, net.look_left.mT
         self.up, self.across, self.vertical_bias = net.up.mT, net.across.mT.unbind(), net.vertical_bias[:, None]
@@ -75,14 +77,14 @@ class Sampler(_native.Addressed):
         self.heads = [tuple(part.detach() for part in head.tensors()) for head in net.heads]
         self.tables = net.table.view(self.channels, -1, net.table.shape[1]).unbind()  # (levels, E)
 
-        # Where things lie: for each image row, the rows that the vertical stack's input sees, and each layer's place in
-        # its ring a dilation above and in the row itself; for each column, what a window sees, and, in the row that is
-        # being drawn, the features a dilation to the left.
-        device, n = net.place.device, len(net.dilations)
-        d, i, j = (
-            torch.tensor(numbers, device=device) for numbers in (net.dilations, range(self.height), range(self.width))
-        )
-        near = i[:, None] + torch.arange(-net.reach, 0, device=device)
+    def _lay_out(self, device: torch.device) -> None:
+        """Where things lie in `PixelRows`. For each image row: the rows that the vertical stack's input sees, and each
+        layer's place in its ring a dilation above and in the row itself. For each column: what a window sees, and, in
+        the row that is being drawn, the features a dilation to the left.
+        """
+        i, j = torch.arange(self.height, device=device), torch.arange(self.width, device=device)
+        n, d = len(self.dilations), torch.tensor(self.dilations, device=device)
+        near = i[:, None] + torch.arange(-self.reach, 0, device=device)
         ring = ((d + 1).cumsum(0) - (d + 1))[:, None]
         self.near, self.is_near = near.clamp(min=0), (near >= 0)[:, :, None, None]  # (H, REACH), and (H, REACH, 1, 1)
         self.before, self.here = ring + (i - d[:, None]) % (d[:, None] + 1), ring + i % (d[:, None] + 1)  # (L, H)
@@ -93,13 +95,16 @@ class Sampler(_native.Addressed):
         self.behind = behind.unbind()  # of each column, (L,)
         self.behind_alone = behind.repeat_interleave(FEWEST, dim=1).unbind()  # of a single chain, which fills up
 
-        # As `_pixelcnn.c` takes it: what its Shape and its Tensors begin with
+    def _address(self, net: Network) -> None:
+        """As `_pixelcnn.c` takes it: what its Shape and its Tensors begin with."""
+        d = torch.tensor(self.dilations, device=self.place.device)
         heads = [part for head in self.heads for part in head]
         weights = self.look_left, self.past, net.now.mT, net.out.mT, net.table
         self.can_be_in_c = _native.usable(d, *heads, *weights)
         hidden, levels = self.heads[0][2].shape
-        sizes = self.past.shape[1], n, net.table.shape[1], self.channels, hidden, levels
-        self.shape_in_c = *sizes, net.reach, self.width, self.height, len(columns), self.margin
+        sizes = self.past.shape[1], len(d), net.table.shape[1], self.channels, hidden, levels
+        columns = self.margin + self.width
+        self.shape_in_c = *sizes, self.reach, self.width, self.height, columns, self.margin
         self.kept = d, _native.addresses(*heads)
         addresses = *(w.data_ptr() for w in weights), ctypes.addressof(self.kept[1]), d.data_ptr()
         self.addresses_in_c: tuple[int, ...] = addresses
