@@ -234,7 +234,7 @@ class LocalBroker(Broker):
             takers = [
                 (model in link.absent, len(link.jobs), name)
                 for name, link in self._links.items()
-                if model in link.wanted or model in link.absent
+                if (model in link.wanted or model in link.absent) and not link.writer.is_closing()
             ]
             for _, _, name in sorted(takers):
                 if (place := queue.first(self._links[name].enough.get(model, ()))) is not None:
@@ -399,6 +399,8 @@ class LocalClaims(Claims):
 
 
 def _send(writer: asyncio.StreamWriter, *frame: Any) -> None:
+    if writer.is_closing():  # the other end is gone, of which who reads from it hears next
+        return
     body = msgpack.packb(frame)
     writer.write(struct.pack(">I", len(body)) + body)
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Callable
 
 import pytest
-from brokers import Kind, Link, claim, workers
+from brokers import Kind, Link, LocalLink, claim, workers
+from uvicorn.loops.auto import auto_loop_factory
 
 from service.broker import (
     Broker,
@@ -23,6 +25,7 @@ from service.broker import (
     Waiting,
     WorkerState,
 )
+from service.broker_local import LocalBroker
 from service.errors import problem_of
 from service.scheduler import Load
 
@@ -586,3 +589,35 @@ async def test_a_job_for_a_model_that_nobody_has_in_memory_is_taken_all_the_same
         assert (await asyncio.wait_for(w.claims.claim(["other"], ["m"]), 10)).id == "a"
         await broker.submit(job("b"))
         assert (await asyncio.wait_for(w.claims.claim([], ["m"]), 10)).id == "b"
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, auto_loop_factory()])
+def test_what_comes_between_a_workers_end_and_the_news_of_it(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """Its socket is closed, and nobody has heard so yet: new jobs are for others, and to cancel one is no error."""
+
+    async def scene() -> None:
+        broker = LocalBroker(100, 60.0, 30.0)
+        dying, living = LocalLink(broker, "dying"), LocalLink(broker, "living")
+        await dying.open(broker, "m")
+        await broker.submit(job("running"))
+        await claim(dying)
+        claiming = asyncio.create_task(dying.claims.claim(["m"]))
+        async with asyncio.timeout(5):
+            while not broker._links["dying"].wanted:
+                await asyncio.sleep(0.01)
+        broker._links["dying"].writer.transport.abort()
+        await asyncio.sleep(0)  # now it is closed
+        assert "dying" in broker._links
+        await broker.submit(job("new"))
+        await broker.cancel("running")
+        await living.open(broker, "m")
+        taken = await claim(living)
+        assert (taken.id, taken.attempt) == ("new", 1)
+        with pytest.raises(JobLost):
+            await told(broker, "running")
+        claiming.cancel()
+        for link in (dying, living):
+            await link.die()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scene())
