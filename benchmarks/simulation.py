@@ -92,6 +92,9 @@ class Wire:
         assert kind == "job"
         self.jobs.put_nowait(Job(**what))
 
+    def is_closing(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Request:
